@@ -1,0 +1,28 @@
+"""Draw i-CLEVR scenes one object at a time: small generators with pretrained weights inside the package."""
+
+from condgan.classifier import SceneClassifier, SceneClassifierConfig
+from condgan.drawing import Drawing, Turn
+from condgan.hub import CheckpointError, list_pretrained
+from condgan.models import (
+    DiffDiscriminator,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    IterativeGenerator,
+)
+from condgan.vocab import Vocabulary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "DiffDiscriminator",
+    "DiscriminatorConfig",
+    "Drawing",
+    "GeneratorConfig",
+    "IterativeGenerator",
+    "SceneClassifier",
+    "SceneClassifierConfig",
+    "Turn",
+    "Vocabulary",
+    "list_pretrained",
+]

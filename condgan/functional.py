@@ -1,0 +1,256 @@
+"""Pure functions over any networks of the right signature; the classes call them. What they draw is differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from condgan.vocab import Vocabulary
+
+CHANGE_THRESHOLD = 50 / 255
+"""A pixel changed when a channel moved by more than this, in units of [-1, 1]: 25 grey levels."""
+RANGE_TOLERANCE = 1e-3
+"""How far a picture may leave [-1, 1]: rounding, less than a grey level."""
+
+
+class ConditionEncoder(Protocol):
+    """Reads one turn: objects (N, K) and hidden (N, H) or None to condition (N, D) and the next hidden (N, H)."""
+
+    def __call__(self, objects: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+
+class TurnGenerator(Protocol):
+    """Draws one turn: z (N, Z), condition (N, D), prev_image (N, 3, H, W), place (N, 2) or None to (N, 3, H, W)."""
+
+    def __call__(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None) -> Tensor: ...
+
+
+def encode_objects(
+    names: Sequence[str] | Sequence[Sequence[str]], vocabulary: Vocabulary | Sequence[str] | None = None
+) -> Tensor:
+    """One-hot vectors of object names.
+
+    Args:
+        names: the objects of one scene, or a list of such lists; lists may differ in length.
+        vocabulary: the known objects in the order of their ids; None is i-CLEVR's 24.
+
+    Returns:
+        (T, K) for one scene, (N, T, K) for a batch, float32 of 0 and 1. Turns after a scene's last are zero rows.
+
+    Raises:
+        TypeError: ``names`` is not a list of strings or of lists of strings.
+        ValueError: a list is empty or a name is unknown.
+
+    Example:
+        >>> encode_objects([["red cube"], ["gray cube", "cyan sphere"]]).shape
+        torch.Size([2, 2, 24])
+    """
+    if not isinstance(vocabulary, Vocabulary):
+        vocabulary = Vocabulary() if vocabulary is None else Vocabulary(vocabulary)
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, Sequence):
+        raise TypeError(f'names must be a list of objects such as ["red cube"], or a list of such lists, got {names!r}')
+    nested = [isinstance(scene, Sequence) and not isinstance(scene, str) for scene in names]
+    if any(nested) and not all(nested):
+        raise TypeError(f"names mixes objects and lists of objects: {names!r}; make every scene a list")
+    if any(nested):
+        scenes = [_encode_scene(scene, vocabulary) for scene in names]
+        return torch.nn.utils.rnn.pad_sequence(scenes, batch_first=True)
+    return _encode_scene(names, vocabulary)  # type: ignore[arg-type]
+
+
+def _encode_scene(names: Sequence[str], vocabulary: Vocabulary) -> Tensor:
+    """One-hot vectors (T, K) of one scene."""
+    if len(names) == 0:
+        raise ValueError('names has an empty list: give at least one object a scene, such as ["red cube"]')
+    return F.one_hot(torch.tensor([vocabulary.parse(name) for name in names]), len(vocabulary)).float()
+
+
+def roll_conditions(
+    encoder: ConditionEncoder, conditions: Tensor | Sequence[Tensor], hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Roll an RNN over condition sequences.
+
+    Args:
+        encoder: one turn of the RNN, such as ``IterativeGenerator.encoder``.
+        conditions: (N, T, K) multi-hot objects of every turn, a turn of zeros only is padding; or a list of N (T, K)
+            tensors of different lengths.
+        hidden: (N, H) state to go on from; None starts afresh.
+
+    Returns:
+        Outputs (N, T, D), zero where a sequence is padding, and hidden (N, H) after each sequence's own last turn.
+        A sequence's numbers do not depend on how much padding follows it.
+
+    Raises:
+        ValueError: ``conditions`` or ``hidden`` is not of the shape above, or holds NaN or infinity.
+    """
+    if not isinstance(conditions, Tensor):
+        shapes = [tuple(sequence.shape) for sequence in conditions]
+        if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
+            raise ValueError(f"conditions must be a list of (T, K) tensors of one K, got shapes {shapes}")
+        conditions = torch.nn.utils.rnn.pad_sequence(list(conditions), batch_first=True)
+    if conditions.ndim != 3 or conditions.shape[1] == 0:
+        raise ValueError(f"conditions must be (N, T, K) with T of at least 1, got {tuple(conditions.shape)}")
+    if hidden is not None and (hidden.ndim != 2 or len(hidden) != len(conditions)):
+        raise ValueError(f"hidden must be ({len(conditions)}, H), got {tuple(hidden.shape)}")
+    _check_finite(conditions=conditions, hidden=hidden)
+    outputs = []
+    for objects in conditions.unbind(1):
+        output, new_hidden = encoder(objects, hidden)
+        present = objects.any(1, keepdim=True)
+        outputs.append(output * present)
+        hidden = torch.where(present, new_hidden, torch.zeros_like(new_hidden) if hidden is None else hidden)
+    assert hidden is not None
+    return torch.stack(outputs, 1), hidden
+
+
+def rollout(
+    generator: TurnGenerator,
+    conditions: Tensor,
+    z: Tensor,
+    start: Tensor,
+    places: Tensor | None = None,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Draw scenes turn by turn, each turn on the picture of the turn before.
+
+    Args:
+        generator: one turn of a generator, such as an ``IterativeGenerator``.
+        conditions: (N, T, D) outputs of :func:`roll_conditions`; or (N, T, K) multi-hot objects, if ``generator``
+            has an ``encoder`` that reads ``encoder.num_objects`` objects.
+        z: (N, T, Z) noise, or (N, Z) for the same noise every turn.
+        start: (N, 3, H, W) or (3, H, W) canvas before the first turn, in [-1, 1].
+        places: (N, T, 2) centres in pixels (x, y), for generators that know places; padding may be NaN.
+        callback: called after every turn with its number and the pictures (N, 3, H, W).
+
+    Returns:
+        (N, T, 3, H, W) in [-1, 1]: the picture after every turn. A turn whose condition is all zeros (padding)
+        leaves the picture as it was.
+
+    Raises:
+        ValueError: a tensor does not have the shape above, holds NaN or infinity, or ``start`` is not in [-1, 1].
+    """
+    if conditions.ndim != 3 or conditions.shape[1] == 0:
+        raise ValueError(f"conditions must be (N, T, D) with T of at least 1, got {tuple(conditions.shape)}")
+    _check_finite(conditions=conditions, z=z, start=start)
+    encoder = getattr(generator, "encoder", None)
+    is_multi_hot = bool(((conditions == 0) | (conditions == 1)).all())  # outputs may be as long as there are objects
+    if encoder is not None and conditions.shape[2] == encoder.num_objects and is_multi_hot:
+        conditions, _ = roll_conditions(encoder, conditions)
+    n, turns, _ = conditions.shape
+    if z.ndim == 2:
+        z = z[:, None].expand(-1, turns, -1)
+    if z.ndim != 3 or z.shape[:2] != (n, turns):
+        raise ValueError(f"z must be ({n}, {turns}, Z) or ({n}, Z), got {tuple(z.shape)}")
+    if start.ndim not in (3, 4) or (start.ndim == 4 and len(start) not in (1, n)):
+        raise ValueError(f"start must be ({n}, 3, H, W) or (3, H, W), got {tuple(start.shape)}")
+    if start.numel() and start.abs().amax() > 1 + RANGE_TOLERANCE:
+        raise ValueError(f"start must be in [-1, 1], got values up to {start.abs().amax():.4g} in size")
+    present = conditions.ne(0).any(2)  # (N, T)
+    if places is not None:
+        if places.shape != (n, turns, 2):
+            raise ValueError(f"places must be ({n}, {turns}, 2), got {tuple(places.shape)}")
+        places = places.masked_fill(~present[:, :, None], 0)
+        _check_finite(places=places)
+    image = start.expand(n, -1, -1, -1)
+    images = []
+    for turn in range(turns):
+        drawn = generator(z[:, turn], conditions[:, turn], image, None if places is None else places[:, turn])
+        image = torch.where(present[:, turn, None, None, None], drawn, image)
+        images.append(image)
+        if callback is not None:
+            callback(turn, image)
+    return torch.stack(images, 1)
+
+
+def _check_finite(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
+def changed_region(prev_image: Tensor, image: Tensor, threshold: float = CHANGE_THRESHOLD) -> Tensor:
+    """Where two pictures differ: (N, 3, H, W) twice, in [-1, 1], to (N, H, W) bool.
+
+    Raises:
+        ValueError: the pictures are not of one such shape.
+    """
+    if prev_image.ndim != 4 or prev_image.shape != image.shape:
+        raise ValueError(
+            f"prev_image and image must both be (N, 3, H, W), got {tuple(prev_image.shape)} and {tuple(image.shape)}"
+        )
+    return (image - prev_image).abs().amax(1) > threshold
+
+
+def place_of_change(prev_image: Tensor, image: Tensor, threshold: float = CHANGE_THRESHOLD) -> Tensor:
+    """Centroid of the pixels that changed from one picture to the next, in pixels (x, y).
+
+    This is what the library calls the place of an object: how it is measured in data, and what ``at=`` asks for.
+
+    Args:
+        prev_image: (N, 3, H, W) in [-1, 1].
+        image: (N, 3, H, W) in [-1, 1].
+        threshold: least change of a channel that counts, in units of [-1, 1].
+
+    Returns:
+        (N, 2) float32, x to the right and y down, pixel centres at whole numbers; NaN where nothing changed.
+
+    Raises:
+        ValueError: the pictures are not of one shape (N, 3, H, W).
+    """
+    changed = changed_region(prev_image, image, threshold).float()  # (N, H, W)
+    x = (changed.sum(1) * torch.arange(changed.shape[2], device=image.device)).sum(1)  # exact: no matrix product
+    y = (changed.sum(2) * torch.arange(changed.shape[1], device=image.device)).sum(1)
+    return torch.stack((x, y), 1) / changed.sum((1, 2))[:, None]
+
+
+def place_map(place: Tensor, image_size: int, sigma: float = 3.0) -> Tensor:
+    """A Gaussian blob at each place: (N, 2) pixels (x, y) to (N, 1, H, W) in [0, 1], ``sigma`` in pixels.
+
+    Raises:
+        ValueError: ``place`` is not (N, 2).
+    """
+    _check_pairs("place", place)
+    axis = torch.arange(image_size, dtype=place.dtype, device=place.device)
+    blob_x, blob_y = torch.exp(-((axis - place[:, :, None]) ** 2) / (2 * sigma**2)).unbind(1)  # (N, W), (N, H)
+    return (blob_y[:, :, None] * blob_x[:, None, :])[:, None]
+
+
+def crop_corners(places: Tensor, image_size: int, crop_size: int) -> Tensor:
+    """Upper left corners (N, 2) int64 (x, y) of square crops around places (N, 2), moved to lie inside the picture.
+
+    Raises:
+        ValueError: ``crop_size`` is larger than ``image_size``, or ``places`` is not (N, 2).
+    """
+    if not 1 <= crop_size <= image_size:
+        raise ValueError(f"crop_size must be between 1 and image_size, which is {image_size}, got {crop_size}")
+    _check_pairs("places", places)
+    return (places - (crop_size - 1) / 2).round().long().clamp(0, image_size - crop_size)
+
+
+def crop(images: Tensor, corners: Tensor, crop_size: int) -> Tensor:
+    """Cut a square out of each picture: (N, C, H, W) and corners (N, 2) to (N, C, crop_size, crop_size).
+
+    Args:
+        images: any floating point, any range; gradients flow back to the pixels that were cut out.
+        corners: whole numbers (x, y), the upper left pixel of each square, which must lie inside its picture.
+        crop_size: side of the squares in pixels.
+
+    Raises:
+        ValueError: ``corners`` is not (N, 2).
+    """
+    _check_pairs("corners", corners, len(images))
+    axis = torch.arange(crop_size, device=images.device)
+    columns, rows = (corners[:, :, None] + axis).unbind(1)  # (N, crop_size) each
+    number = torch.arange(len(images), device=images.device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _check_pairs(name: str, pairs: Tensor, n: int | None = None) -> None:
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or n not in (None, len(pairs)):
+        raise ValueError(f"{name} must be ({'N' if n is None else n}, 2), got {tuple(pairs.shape)}")

@@ -1,0 +1,462 @@
+"""Checkpoints: a readable ``config.json`` beside ``model.safetensors``, in a folder, this package or on the hub.
+
+A model class gets everything here by deriving from :class:`PretrainedModel`; this file knows none of them. Nothing that
+is read can run code: configs are JSON with checked types, weights are safetensors, and every tensor has to match.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import reprlib
+import tempfile
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+
+SHIPPED = Path(__file__).with_name("pretrained")
+"""The checkpoints inside the package, one folder a name."""
+PUBLISHED: tuple[tuple[str, str], ...] = ()
+"""The checkpoints of ours on the hub: (hub id, model type)."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be found, read or written; the message says which file, what is wrong and what to do."""
+
+
+class PretrainedModel(nn.Module):
+    """Base of the models that can be saved, loaded and shared.
+
+    A subclass takes its config as the only argument, keeps it as ``self.config``, and names its dataclass in
+    ``config_class``. The fields of the dataclass are annotated as int, float, str, bool, ``Literal``, a tuple of these
+    or an optional one.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class ScaleConfig:
+        ...     size: int = 3
+        >>> class Scale(PretrainedModel):
+        ...     config_class = ScaleConfig
+        ...     def __init__(self, config=None):
+        ...         super().__init__()
+        ...         self.config = config or ScaleConfig()
+        ...         self.scale = nn.Parameter(torch.ones(self.config.size))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Scale.from_pretrained(Scale(ScaleConfig(size=5)).save_pretrained(folder)).config
+        ScaleConfig(size=5)
+    """
+
+    config_class: ClassVar[type[Any]]
+    """Frozen dataclass that describes the architecture."""
+    default_pretrained: ClassVar[str | None] = None
+    """Shipped name that :meth:`from_pretrained` loads without arguments; None: a name has to be given."""
+    config: Any
+    """The ``config_class`` that this model was built from."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        map_location: str | torch.device = "cpu",
+    ) -> Self:
+        """A trained model, in eval mode, in float32 whatever precision it was stored in.
+
+        The global random state is left as it is.
+
+        Args:
+            name: a shipped name of :func:`list_pretrained`, a folder or a hub id ``"org/repo"``, looked up in this
+                order; None for the default of the class. ``"./judge"`` or a ``Path`` is always a folder.
+            revision: branch, tag or commit on the hub; None for its main branch.
+            cache_dir: where downloads are kept; None for the cache of ``huggingface_hub``.
+            token: access token for private repositories; None for the one stored by ``hf auth login``, if any.
+            local_files_only: use what is in the cache and make no network call.
+            map_location: device of the model that is returned.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, it cannot be downloaded, or it does not fit this class.
+        """
+        if name is None and cls.default_pretrained is None:
+            raise CheckpointError(
+                f"{cls.__name__} has no default checkpoint: give from_pretrained() a folder, a hub id 'org/repo' or "
+                f"a name of condgan.list_pretrained({cls.__name__!r}), which are {list_pretrained(cls.__name__)}."
+            )
+        name = cls.default_pretrained if name is None else name
+        if not isinstance(name, (str, Path)):
+            raise TypeError(f"name must be a string or a path, got {name!r}")
+        folder = _local_folder(name)
+        if folder is None:
+            folder = _download(str(name), revision, cache_dir, token, local_files_only)
+        elif revision is not None:
+            raise ValueError(f"revision={revision!r} is for hub ids only, and {str(name)!r} is a folder: leave it out.")
+        path = _existing(folder, CONFIG_NAME)
+        config = _parse_config(path.read_bytes(), str(path), cls.__name__, cls.config_class)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                model = cls(config).float()
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} does not describe a model: {error}") from error
+        _load_weights(model, folder)
+        return model.to(map_location).eval()
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Write ``config.json``, ``model.safetensors`` and ``README.md`` into a folder; returns the folder.
+
+        All three files are complete before the first of them replaces an older one.
+
+        Args:
+            folder: made if it is not there.
+            dtype: floating type of the stored weights, such as ``torch.float16`` for half the size; None keeps
+                theirs. Integer buffers keep their type.
+
+        Raises:
+            CheckpointError: the folder cannot be written, or a weight is too large for ``dtype``.
+        """
+        folder = Path(folder).expanduser()
+        contents = {
+            CARD_NAME: self.model_card().encode(),
+            CONFIG_NAME: self._config_json(),
+            WEIGHTS_NAME: safetensors.torch.save(_stored_tensors(self, dtype), {"format": "pt"}),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:  # on the disk of the folder
+                for filename, content in contents.items():
+                    (Path(temporary) / filename).write_bytes(content)
+                for filename in contents:
+                    os.replace(Path(temporary) / filename, folder / filename)
+        except OSError as error:
+            raise CheckpointError(f"cannot save to {folder}: {error}. Give a folder that you may write to.") from error
+        return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a condgan model",
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Upload the files of :meth:`save_pretrained` to the Hugging Face hub as one commit.
+
+        Args:
+            repo_id: ``"org/repo"``, made if it is not there.
+            private: whether a repository that is made here is private.
+            token: access token that may write; None for the one stored by ``hf auth login``.
+            revision: an existing branch; None for the main one.
+            commit_message: first line of the commit.
+            dtype: as in :meth:`save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: the hub refuses or cannot be reached.
+        """
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = self.save_pretrained(temporary, dtype=dtype)
+            api = HfApi(token=token, library_name="condgan", library_version=_version())
+            files = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+            with _hub_errors("upload to", repo_id, revision):
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                # create_commit and not upload_folder, which may split the files over several commits
+                commit = api.create_commit(repo_id, files, commit_message=commit_message, revision=revision)
+        return commit.commit_url
+
+    def model_card(self) -> str:
+        """Text of the ``README.md`` that is saved beside the weights: Markdown with the hub's YAML header."""
+        name, module = type(self).__name__, type(self).__module__
+        package = "condgan" if module.startswith("condgan.") else module
+        rows = "\n".join(
+            f"| {key} | {', '.join(map(str, value)) if isinstance(value, tuple) else value} |"
+            for key, value in dataclasses.asdict(self.config).items()
+        )
+        return f"""---
+license: mit
+library_name: condgan
+tags:
+- condgan
+- {name}
+---
+
+# {name}
+
+{(type(self).__doc__ or "A model of condgan.").strip().splitlines()[0]}
+{sum(parameter.numel() for parameter in self.parameters()):,} parameters, saved by condgan {_version()}.
+
+## Use
+
+```python
+from {package} import {name}
+
+model = {name}.from_pretrained("org/repo")  # this repository, or the folder with these files
+```
+
+## Configuration
+
+| field | value |
+|---|---|
+{rows}
+"""
+
+    def _config_json(self) -> bytes:
+        """Content of ``config.json``, checked to be readable again."""
+        header = {"format_version": FORMAT_VERSION, "model_type": type(self).__name__, "condgan_version": _version()}
+        text = f"{json.dumps(header | dataclasses.asdict(self.config), indent=2)}\n".encode()
+        _parse_config(text, "self.config", type(self).__name__, self.config_class)
+        return text
+
+
+def list_pretrained(model_type: str | None = "IterativeGenerator") -> list[str]:
+    """Names that ``from_pretrained`` takes: first those inside the package, which need no network, then hub ids.
+
+    Args:
+        model_type: only the checkpoints of the class of this name; None for all.
+    """
+    shipped = [
+        (path.parent.name, json.loads(path.read_text(encoding="utf-8"))["model_type"])
+        for path in sorted(SHIPPED.glob(f"*/{CONFIG_NAME}"))
+    ]
+    return [name for name, kind in (*shipped, *PUBLISHED) if model_type in (None, kind)]
+
+
+def _version() -> str:
+    from condgan import __version__  # here and not at the top: the package imports this file
+
+    return __version__
+
+
+def _local_folder(name: str | Path) -> Path | None:
+    """The folder that a name means, None for a hub id."""
+    text = str(name)
+    path = Path(text).expanduser()
+    spelled_as_path = text.startswith((".", "~")) or text.endswith("/") or text.count("/") > 1 or "\\" in text
+    is_path = isinstance(name, Path) or spelled_as_path
+    if not is_path and (SHIPPED / text / CONFIG_NAME).is_file():
+        return SHIPPED / text
+    if path.is_dir() and text:
+        return path
+    if is_path or path.is_absolute() or path.is_file():
+        what = "is a file: give the folder that it is in" if path.is_file() else "does not exist: check the path"
+        raise CheckpointError(f"{path} {what}. A checkpoint is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}.")
+    if _HUB_ID.fullmatch(text):
+        return None
+    close = difflib.get_close_matches(text, list_pretrained(None), n=1, cutoff=0.0)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    raise CheckpointError(
+        f"unknown checkpoint {text!r}: {guess}Give a name of condgan.list_pretrained(None), "
+        "an existing folder, or a hub id 'org/repo'."
+    )
+
+
+def _download(
+    repo_id: str,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> Path:
+    """The folder of the cache that holds both files of a hub repository, downloaded if need be."""
+    from huggingface_hub import hf_hub_download
+
+    folder = Path()
+    for filename in (CONFIG_NAME, WEIGHTS_NAME):
+        with _hub_errors(f"download {filename} from", repo_id, revision):
+            path = hf_hub_download(
+                repo_id,
+                filename,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+                library_name="condgan",
+                library_version=_version(),
+            )
+        folder = Path(path).parent
+        revision = folder.name  # the commit: somebody may push between the two files
+    return folder
+
+
+@contextmanager
+def _hub_errors(action: str, repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn whatever ``huggingface_hub`` raises into a :class:`CheckpointError` that says what to do."""
+    from huggingface_hub import errors
+
+    login = "pass token= or run `hf auth login`"
+    absent = f"there is no such repository on the hub, nor a folder of that name here: check it; if private, {login}."
+    uncached = "it is not in the cache, and the hub does not answer or offline mode is on (local_files_only or"
+    advice: tuple[tuple[type[Exception], str], ...] = (  # the first that fits: subclasses come before their bases
+        (errors.GatedRepoError, f"it is gated: ask for access on its page, then {login}."),
+        (errors.RepositoryNotFoundError, absent),
+        (errors.RevisionNotFoundError, f"it has no revision {revision!r}: check the branch, tag or commit."),
+        (errors.LocalEntryNotFoundError, f"{uncached} HF_HUB_OFFLINE): check the connection and these."),
+        (errors.EntryNotFoundError, f"it has no such file. A checkpoint is {CONFIG_NAME} with {WEIGHTS_NAME}."),
+        (errors.OfflineModeIsEnabled, "offline mode is on: unset HF_HUB_OFFLINE."),
+        (errors.HFValidationError, "a hub id looks like 'org/repo'."),
+        (errors.LocalTokenNotFoundError, f"no token is stored: {login}."),
+        (errors.HfHubHTTPError, f"the hub refused. If it is about permission, {login}."),
+        (Exception, "check the connection and the free disk space, then try again."),
+    )
+    try:
+        yield
+    except Exception as error:  # also what its HTTP client raises, which is another one in each major version
+        text = next(text for kind, text in advice if isinstance(error, kind))
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"cannot {action} {repo_id!r}: {text} ({reason})") from error
+
+
+def _parse_config(text: bytes, source: str, model_type: str, config_class: type[Any]) -> Any:
+    """The config that the text of a ``config.json`` describes; ``source`` is what errors call it."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{source} is not JSON: {error}. Download or save the checkpoint again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{source} must hold a JSON object, got {reprlib.repr(values)}.")
+    maker = values.pop("condgan_version", "unknown")
+    version, found = values.pop("format_version", None), values.pop("model_type", None)
+    if type(version) is not int or version < 1 or not isinstance(found, str):
+        raise CheckpointError(
+            f'{source} is not of condgan: "format_version" must be a positive int and "model_type" a string, '
+            f"got {version!r} and {found!r}."
+        )
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{source} has format_version {version}, written by condgan {maker}; this condgan reads up to "
+            f"{FORMAT_VERSION}: run `pip install --upgrade condgan`."
+        )
+    if found != model_type:
+        raise CheckpointError(f"{source} is of a {found}, not of a {model_type}: load it with {found}.from_pretrained.")
+    hints = get_type_hints(config_class)
+    for problem, keys in (("unknown", values.keys() - hints.keys()), ("missing", hints.keys() - values.keys())):
+        if keys:
+            raise CheckpointError(
+                f"{source}: {problem} {_some(keys)}. Make it fit {config_class.__name__}, or use the version "
+                f"of condgan that wrote it: {maker}."
+            )
+    for key, hint in hints.items():
+        try:
+            values[key] = _from_json(values[key], hint)
+        except TypeError:
+            wanted = hint.__name__ if hint in (int, float, str, bool) else str(hint).replace("typing.", "")
+            raise CheckpointError(f'{source}: "{key}" must be {wanted}, got {reprlib.repr(values[key])}.') from None
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _from_json(value: Any, hint: Any) -> Any:
+    """The value as the annotation wants it, lists as tuples; raises TypeError if it is of another type."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal and any(type(value) is type(choice) and value == choice for choice in args):
+        return value
+    if origin in (Union, types.UnionType):
+        for option in args:
+            try:
+                return _from_json(value, option)
+            except TypeError:
+                continue
+    if origin is tuple and isinstance(value, list):
+        items = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(items) == len(value):
+            return tuple(map(_from_json, value, items))
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint in (int, float, str, bool, type(None)) and type(value) is hint:
+        return value
+    raise TypeError
+
+
+def _stored_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The model's tensors as they are written: on the CPU, contiguous, sharing no memory, floats as ``dtype``."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating type such as torch.float16, got {dtype}")
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        stored = tensor.to("cpu", dtype if tensor.is_floating_point() else None, copy=True).contiguous()
+        if dtype is not None and not torch.equal(stored.isfinite(), tensor.cpu().isfinite()):
+            raise CheckpointError(f"{name} has values that {dtype} cannot hold: use torch.bfloat16 or leave dtype out.")
+        tensors[name] = stored
+    return tensors
+
+
+def _load_weights(model: nn.Module, folder: Path) -> None:
+    """Copy the tensors of a folder into the model; every one has to be there, and no other."""
+    path = _existing(folder, WEIGHTS_NAME)
+    try:
+        stored = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.resolve()} is cut short or damaged ({error}): delete this file, then download or save it again."
+        ) from error
+    wanted = model.state_dict()
+    misfits = [
+        f"{name} is {_kind(stored[name])}, wanted {_kind(tensor)}"
+        for name, tensor in wanted.items()
+        if name in stored and _kind(stored[name]) != _kind(tensor)
+    ]
+    problems = (
+        ("missing", wanted.keys() - stored.keys()),
+        ("unexpected", stored.keys() - wanted.keys()),
+        ("of another shape or kind", misfits),
+    )
+    report = "; ".join(f"{problem}: {_some(names)}" for problem, names in problems if names)
+    if report:
+        raise CheckpointError(f"the tensors of {path} do not fit its {CONFIG_NAME}: {report}. Save the model again.")
+    model.load_state_dict(stored)
+
+
+def _existing(folder: Path, filename: str) -> Path:
+    """The path of a file of a checkpoint, which has to be there."""
+    path = folder / filename
+    if path.is_file():
+        return path
+    pickled = sorted(other.name for other in folder.iterdir() if other.suffix in _PICKLED)
+    hint = (
+        f" {_some(pickled)} is not opened, as pickled weights can run code: load it with torch.load(..., "
+        "weights_only=True) and load_state_dict yourself, then call save_pretrained."
+        if pickled
+        else ""
+    )
+    raise CheckpointError(f"{folder} has no {filename}: a checkpoint needs {CONFIG_NAME} and {WEIGHTS_NAME}.{hint}")
+
+
+def _kind(tensor: Tensor) -> str:
+    """What has to agree for a tensor to be loaded; floating types convert into each other."""
+    return f"{'float' if tensor.is_floating_point() else str(tensor.dtype)}{tuple(tensor.shape)}"
+
+
+def _some(names: Any) -> str:
+    """The first few of some names, in order."""
+    listed = sorted(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

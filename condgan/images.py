@@ -1,0 +1,157 @@
+"""The only conversions between [-1, 1] float tensors, uint8 tensors, PIL pictures and picture files; picture grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+ROUNDING = 1e-4
+"""How far beyond [-1, 1] a tensor may be from rounding errors alone; it is clipped."""
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float in [-1, 1] to uint8, any shape, rounded; values outside are clipped."""
+    return ((images.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1], any shape; the inverse of :func:`to_uint8`."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) float in [-1, 1] to an RGB picture."""
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A PIL picture of any mode to (3, H, W) float32 in [-1, 1]; the inverse of :func:`to_pil`. See :func:`to_rgb`."""
+    return from_uint8(_pixels(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL picture of any mode as 8-bit RGB.
+
+    Transparency is dropped: what shows is the colour beneath. Gray of more than 8 bits (modes ``I;16``, ``I`` and
+    ``F``) may be in the range of 8 bits, as Pillow's own conversions give it, or else of 16 bits, as files have it.
+
+    Raises:
+        ValueError: such gray is NaN, in neither range, or floating point in 0 to 1.
+    """
+    if image.mode[0] in "IF":  # Pillow would clip at 255
+        gray = np.asarray(image).astype(np.float64)
+        low, high = gray.min(initial=0), gray.max(initial=0)
+        if not 0 <= low <= high <= 65535 or (image.mode == "F" and 0 < high <= 1):  # NaN fails too
+            raise ValueError(
+                f"image: gray of mode {image.mode} must be in 0 to 255 or 0 to 65535, got {low:.5g} to {high:.5g}; "
+                "scale it first"
+            )
+        image = Image.fromarray((gray / (1 if high <= 255 else 257)).round().astype(np.uint8))
+    elif image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert(image.mode.upper())
+    elif image.mode == "P" and "transparency" in image.info:  # Pillow would warn
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """A PIL picture of any mode to (3, H, W) uint8."""
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+
+
+def read_pixels(path: str | Path) -> Tensor:
+    """The picture in a file to (3, H, W) uint8, in the size it has. See :func:`to_rgb`.
+
+    Raises:
+        FileNotFoundError: there is no file at the path.
+        ValueError: the file is not a picture, is damaged or cannot be read; the message names it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"image: there is no file {str(path)!r}")
+    try:
+        with Image.open(path) as image:
+            return _pixels(image)
+    except Exception as error:  # by the kind of damage Pillow raises any of a dozen
+        raise ValueError(f"image: {str(path)!r} is not a readable picture ({error})") from error
+
+
+def resize(images: Tensor, image_size: int) -> Tensor:
+    """(N, C, H, W) to (N, C, image_size, image_size), bilinear without anti-aliasing, as i-CLEVR at 64x64 is made.
+
+    Pictures of the right size pass unchanged. Any floating-point range.
+    """
+    if images.shape[-2:] == (image_size, image_size):
+        return images
+    return F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=False)
+
+
+def load_image(image: Image.Image | str | Path | NDArray[Any] | Tensor, image_size: int) -> Tensor:
+    """Any picture as a (3, image_size, image_size) float32 tensor in [-1, 1].
+
+    Args:
+        image: a PIL picture of any mode and size; the path of one; a uint8 array (H, W), (H, W, 3) or (H, W, 4); or a
+            tensor (3, H, W), floating point in [-1, 1] or uint8. Equal pictures give equal results.
+        image_size: side of the result; see :func:`resize`.
+
+    Raises:
+        FileNotFoundError: there is no file at the path.
+        TypeError: ``image`` is none of the above.
+        ValueError: the file is not a picture, a shape is wrong, or values are NaN or out of range.
+    """
+    if isinstance(image, (str, Path)):
+        tensor = read_pixels(image)
+    elif isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+            raise ValueError(
+                f"image: an array must be uint8 (H, W), (H, W, 3) or (H, W, 4), got {image.dtype} {image.shape}; "
+                "a float picture or one with its channels first can be given as a tensor"
+            )
+        tensor = _pixels(Image.fromarray(image))
+    elif isinstance(image, Image.Image):
+        tensor = _pixels(image)
+    elif isinstance(image, Tensor):
+        tensor = image.detach().cpu()
+    else:
+        raise TypeError(f"image must be a PIL picture, a path, an array or a tensor, got {type(image).__name__}")
+    if tensor.ndim != 3 or tensor.shape[0] != 3 or 0 in tensor.shape:
+        raise ValueError(f"image: a picture must be (3, H, W) and not empty, got {tuple(tensor.shape)}")
+    if tensor.dtype == torch.uint8:
+        tensor = from_uint8(tensor)
+    elif not tensor.is_floating_point():
+        raise ValueError(f"image: a tensor must be floating point in [-1, 1] or uint8, got {tensor.dtype}")
+    elif not (tensor.isfinite().all() and tensor.abs().max() <= 1 + ROUNDING):
+        raise ValueError(
+            "image: a tensor must be finite and in [-1, 1], got "
+            f"{tensor.min().item():.5g} to {tensor.max().item():.5g}; "
+            "scale it first, e.g. `image / 127.5 - 1` for 0 to 255"
+        )
+    # contiguous, since the last bits of a convolution depend on the memory layout
+    return resize(tensor.float()[None], image_size)[0].clamp(-1, 1).contiguous()
+
+
+def grid(images: Sequence[Image.Image], columns: int, margin: int = 2) -> Image.Image:
+    """Pictures of one size side by side, row by row, on white, ``margin`` pixels apart.
+
+    Raises:
+        ValueError: there are no pictures, or no columns.
+    """
+    if not images:
+        raise ValueError("images is empty: a grid needs at least one picture")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    columns = min(columns, len(images))
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + margin) - margin, rows * (height + margin) - margin), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        sheet.paste(image, (column * (width + margin), row * (height + margin)))
+    return sheet

@@ -1,0 +1,185 @@
+"""The building blocks of the reference's two networks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+NEGATIVE_SLOPE = 0.01
+"""Slope of every leaky rectifier below zero."""
+
+
+def normalised(layer: nn.Module, spectral: bool) -> nn.Module:
+    """``layer``, with spectral normalisation of its weight if ``spectral``. Source: arXiv:1802.05957."""
+    return spectral_norm(layer) if spectral else layer
+
+
+class ConditionalBatchNorm2d(nn.Module):
+    """Batch norm whose per-channel scale and shift are predicted from a condition.
+
+    Computes ``batch_norm(x) * (1 + scale) + shift``. Both predictions start at zero, so a new layer
+    equals ``nn.BatchNorm2d(num_features, affine=False)``.
+
+    Args:
+        num_features: channels C of the feature map.
+        condition_dim: length D of the condition vector.
+
+    Shape:
+        x: (N, C, H, W), floating point, any range.
+        condition: (N, D), dtype and device of ``x``.
+        output: (N, C, H, W), dtype of ``x``.
+
+    Modes: training normalises with batch statistics and updates the running ones; eval only reads them.
+
+    Raises:
+        ValueError: ``condition`` is not (N, D); the message shows both shapes.
+
+    Source: de Vries et al. 2017, arXiv:1707.00683. Unlike the paper, one linear map, no hidden layer.
+
+    Example:
+        >>> layer = ConditionalBatchNorm2d(64, condition_dim=128)
+        >>> layer(torch.randn(2, 64, 8, 8), torch.randn(2, 128)).shape
+        torch.Size([2, 64, 8, 8])
+    """
+
+    def __init__(self, num_features: int, condition_dim: int = 256) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(num_features, affine=False, eps=1e-5, momentum=0.1)
+        self.fc = nn.Linear(condition_dim, 2 * num_features)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        if condition.shape != (x.shape[0], self.fc.in_features):
+            raise ValueError(
+                f"condition must be (N, {self.fc.in_features}) for x of shape {tuple(x.shape)}, "
+                f"got {tuple(condition.shape)}"
+            )
+        scale, shift = self.fc(condition)[:, :, None, None].chunk(2, dim=1)  # (N, C, 1, 1) each
+        return torch.addcmul(shift, self.bn(x), 1 + scale)
+
+    def extra_repr(self) -> str:
+        return f"{self.bn.num_features}, condition_dim={self.fc.in_features}"
+
+
+class GenBlock(nn.Module):
+    """Residual block of the generator; doubles the resolution.
+
+    Main path: conditional batch norm, leaky ReLU, nearest upsampling, 3x3 convolution, then the same without
+    upsampling. Shortcut: 1x1 convolution and upsampling, in this order: the same map at a quarter of the work.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        condition_dim: length D of the condition.
+
+    Shape:
+        x: (N, in_channels, H, W).
+        condition: (N, D).
+        output: (N, out_channels, 2H, 2W).
+
+    Source: Miyato and Koyama 2018, arXiv:1802.05637 (figure 14), with leaky ReLU as in the reference.
+
+    Example:
+        >>> GenBlock(8, 4)(torch.randn(2, 8, 4, 4), torch.randn(2, 256)).shape
+        torch.Size([2, 4, 8, 8])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, condition_dim: int = 256) -> None:
+        super().__init__()
+        self.cbn1 = ConditionalBatchNorm2d(in_channels, condition_dim)
+        self.cbn2 = ConditionalBatchNorm2d(out_channels, condition_dim)
+        self.c0 = nn.Conv2d(in_channels, out_channels, 1)
+        self.c1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.c2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shortcut = F.interpolate(self.c0(x), scale_factor=2, mode="nearest")
+        x = F.leaky_relu(self.cbn1(x, condition), NEGATIVE_SLOPE)
+        x = self.c1(F.interpolate(x, scale_factor=2, mode="nearest"))  # (N, out_channels, 2H, 2W)
+        x = self.c2(F.leaky_relu(self.cbn2(x, condition), NEGATIVE_SLOPE))
+        return x + shortcut
+
+
+class DisBlock(nn.Module):
+    """Residual block of the discriminator, with spectral normalisation unless told otherwise; halves the resolution.
+
+    Main path: 3x3 convolution, leaky ReLU, 3x3 convolution, average pooling, after a leaky ReLU on the input unless it
+    is a picture (``preactivate=False``). Shortcut: average pooling and a 1x1 convolution.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        preactivate: rectify the input of the main path; False for the first block, whose input is a picture.
+        spectral: whether the convolutions have spectral normalisation.
+
+    Shape:
+        x: (N, in_channels, H, W), H and W at least 2.
+        output: (N, out_channels, H // 2, W // 2).
+
+    Source: Miyato et al. 2018, arXiv:1802.05957.
+
+    Example:
+        >>> DisBlock(3, 8)(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 4, 4])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, preactivate: bool = True, spectral: bool = True) -> None:
+        super().__init__()
+        self.preactivate = preactivate
+        self.c0 = normalised(nn.Conv2d(in_channels, out_channels, 1), spectral)
+        self.c1 = normalised(nn.Conv2d(in_channels, out_channels, 3, padding=1), spectral)
+        self.c2 = normalised(nn.Conv2d(out_channels, out_channels, 3, padding=1), spectral)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.c0(F.avg_pool2d(x, 2))
+        if self.preactivate:
+            x = F.leaky_relu(x, NEGATIVE_SLOPE)
+        x = self.c2(F.leaky_relu(self.c1(x), NEGATIVE_SLOPE))
+        return F.avg_pool2d(x, 2) + shortcut
+
+    def extra_repr(self) -> str:
+        return f"preactivate={self.preactivate}"
+
+
+class ConditionProjector(nn.Module):
+    """Inner product of image features with a learned map of the condition: how well the two fit.
+
+    The map is Linear, ReLU, Linear, with spectral normalisation unless told otherwise.
+
+    Args:
+        condition_dim: length D of the condition.
+        feature_dim: length F of the features.
+        spectral: whether both layers have spectral normalisation.
+
+    Shape:
+        features: (N, F).
+        condition: (N, D).
+        output: (N,), any range, to be added to the logits.
+
+    Raises:
+        ValueError: the two inputs do not have the shapes above.
+
+    Source: Miyato and Koyama 2018, arXiv:1802.05637, equation 3; the embedding is a two-layer map here.
+
+    Example:
+        >>> ConditionProjector(256, 16)(torch.randn(2, 16), torch.randn(2, 256)).shape
+        torch.Size([2])
+    """
+
+    def __init__(self, condition_dim: int = 256, feature_dim: int = 1024, spectral: bool = True) -> None:
+        super().__init__()
+        self.l1 = normalised(nn.Linear(condition_dim, feature_dim), spectral)
+        self.l2 = normalised(nn.Linear(feature_dim, feature_dim), spectral)
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        n = features.shape[0]
+        expected = ((n, self.l2.out_features), (n, self.l1.in_features))
+        if (features.shape, condition.shape) != expected:
+            raise ValueError(
+                f"features and condition must be {expected[0]} and {expected[1]}, "
+                f"got {tuple(features.shape)} and {tuple(condition.shape)}"
+            )
+        return (features * self.l2(F.relu(self.l1(condition)))).sum(1)

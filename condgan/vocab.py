@@ -1,0 +1,78 @@
+"""Object names, their ids and multi-hot vectors: the only place that parses text."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
+SHAPES = ("cube", "sphere", "cylinder")
+ICLEVR_OBJECTS: tuple[str, ...] = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
+"""The 24 classes of i-CLEVR in the order of its ``objects.json``."""
+
+
+class Vocabulary:
+    """The objects that a model knows, in the order of their ids.
+
+    Args:
+        names: in lower case with single spaces, "gray" for "grey", each once; the place in the sequence is the id.
+
+    Raises:
+        TypeError: ``names`` is not a sequence of strings.
+        ValueError: ``names`` is empty or repeats a name.
+
+    Example:
+        >>> Vocabulary().parse("Grey  CUBE")
+        0
+    """
+
+    def __init__(self, names: Sequence[str] = ICLEVR_OBJECTS) -> None:
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"names must be a sequence of strings, got {names!r}")
+        self.names = tuple(names)
+        self._ids = {name: index for index, name in enumerate(self.names)}
+        if not self.names or len(self._ids) != len(self.names):
+            raise ValueError(f"names must be non-empty and unique, got {list(names)!r}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({len(self)} objects: {self.names[0]}, ..., {self.names[-1]})"
+
+    def parse(self, name: str) -> int:
+        """The id of one object; case and spacing do not matter, ``grey`` is ``gray``.
+
+        Raises:
+            TypeError: ``name`` is not a string.
+            ValueError: ``name`` is unknown; the message shows the closest known name.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f'an object is named by a string such as "{self.names[0]}", got {name!r}')
+        key = " ".join("gray" if word == "grey" else word for word in name.lower().split())
+        if key in self._ids:
+            return self._ids[key]
+        close = difflib.get_close_matches(key, self.names, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"unknown object {name!r}: did you mean {close!r}? "
+            "The known names are in `model.vocabulary.names` and in `condgan info`."
+        )
+
+    def multi_hot(self, names: Iterable[str]) -> Tensor:
+        """Multi-hot vector of a set of objects, (K,) float32 of 0 and 1; repeats count once, a string is one name."""
+        objects = torch.zeros(len(self))
+        objects[[self.parse(name) for name in ([names] if isinstance(names, str) else names)]] = 1
+        return objects
+
+    def decode(self, objects: Tensor) -> list[str]:
+        """Names of the entries above one half of a (K,) vector, in the order of their ids.
+
+        Raises:
+            ValueError: ``objects`` is not (K,).
+        """
+        if objects.shape != (len(self),):
+            raise ValueError(f"objects must be ({len(self)},), got {tuple(objects.shape)}")
+        return [name for name, value in zip(self.names, objects.tolist(), strict=True) if value > 0.5]

@@ -1,0 +1,253 @@
+"""Slow plain versions of what the library computes, written down from the formulas: loops and elementary operations.
+
+They read the weights of the library's modules and nothing else of them. And :func:`randomise`, without which weights
+that start at zero would hide what they do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
+from condgan.models import ConditionRNN, DiffDiscriminator, IterativeGenerator, PlaceModel, PreviousImageEncoder
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Move every parameter and running statistic away from where it starts; returns the module, in eval mode."""
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter += 0.3 * torch.randn(parameter.shape, generator=rng) / parameter[0].numel() ** 0.5
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean += 0.3 * torch.randn(norm.running_mean.shape, generator=rng)
+            norm.running_var *= 0.5 + torch.rand(norm.running_var.shape, generator=rng)
+    return module.eval()
+
+
+def leaky_relu(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, 0.01 * x)
+
+
+def relu(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.zeros_like(x))
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """Row by row: the weight times the row, plus the bias."""
+    return torch.stack([plain_weight(layer) @ row for row in x]) + layer.bias
+
+
+def convolution(layer: nn.Module, x: Tensor) -> Tensor:
+    """Cross-correlation with zeros around the picture, one position of the kernel after the other."""
+    weight = plain_weight(layer)
+    (stride, _), (padding, _), (dilation, _) = layer.stride, layer.padding, layer.dilation
+    n, channels, height, width = x.shape
+    padded = x.new_zeros(n, channels, height + 2 * padding, width + 2 * padding)
+    padded[:, :, padding : padding + height, padding : padding + width] = x
+    reach = dilation * (weight.shape[-1] - 1)
+    rows = range(0, padded.shape[2] - reach, stride)
+    columns = range(0, padded.shape[3] - reach, stride)
+    out = x.new_zeros(n, len(weight), len(rows), len(columns))
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            seen = padded[:, :, [row + i * dilation for row in rows]][
+                ..., [column + j * dilation for column in columns]
+            ]
+            out = out + torch.einsum("oc,nchw->nohw", weight[:, :, i, j], seen)
+    return out if layer.bias is None else out + layer.bias[:, None, None]
+
+
+def plain_weight(layer: nn.Module) -> Tensor:
+    """The weight that a layer applies; under spectral normalisation W / (u' W v), with the vectors as they are."""
+    if not hasattr(layer, "parametrizations"):
+        return layer.weight
+    (norm,) = layer.parametrizations.weight
+    original = layer.parametrizations.weight.original
+    return original / (norm._u @ original.flatten(1) @ norm._v)
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Every pixel four times."""
+    out = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+    for i in range(out.shape[2]):
+        for j in range(out.shape[3]):
+            out[:, :, i, j] = x[:, :, i // 2, j // 2]
+    return out
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """The mean of every 2x2 pixels; an odd last row or column is left out."""
+    height, width = x.shape[2] // 2, x.shape[3] // 2
+    out = x.new_zeros(*x.shape[:2], height, width)
+    for i in range(height):
+        for j in range(width):
+            out[:, :, i, j] = x[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((2, 3))
+    return out
+
+
+def batch_norm(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Channel by channel; the affine part only where the layer has one."""
+    out = torch.empty_like(x)
+    for c in range(x.shape[1]):
+        values = x[:, c]
+        if bn.training:
+            mean = values.mean()
+            variance = ((values - mean) ** 2).mean()
+        else:
+            mean, variance = bn.running_mean[c], bn.running_var[c]
+        out[:, c] = (values - mean) / torch.sqrt(variance + bn.eps)
+        if bn.affine:
+            out[:, c] = out[:, c] * bn.weight[c] + bn.bias[c]
+    return out
+
+
+def conditional_batch_norm(layer: ConditionalBatchNorm2d, x: Tensor, condition: Tensor) -> Tensor:
+    """``batch_norm(x) * (1 + scale) + shift``, item by item and channel by channel."""
+    normalised = batch_norm(layer.bn, x)
+    out = torch.empty_like(x)
+    channels = x.shape[1]
+    for n in range(len(x)):
+        prediction = layer.fc.weight @ condition[n] + layer.fc.bias  # (2C,): scales, then shifts
+        for c in range(channels):
+            out[n, c] = normalised[n, c] * (1 + prediction[c]) + prediction[channels + c]
+    return out
+
+
+def gen_block(block: GenBlock, x: Tensor, condition: Tensor) -> Tensor:
+    """With the shortcut in the order of the paper: upsampling, then the 1x1 convolution."""
+    main = upsample(leaky_relu(conditional_batch_norm(block.cbn1, x, condition)))
+    main = convolution(block.c1, main)
+    main = convolution(block.c2, leaky_relu(conditional_batch_norm(block.cbn2, main, condition)))
+    return main + convolution(block.c0, upsample(x))
+
+
+def dis_block(block: DisBlock, x: Tensor, first: bool) -> Tensor:
+    """``first``: the input is a picture, which is not rectified."""
+    main = convolution(block.c1, x if first else leaky_relu(x))
+    main = average_pool(convolution(block.c2, leaky_relu(main)))
+    return main + convolution(block.c0, average_pool(x))
+
+
+def condition_projection(projector: ConditionProjector, features: Tensor, condition: Tensor) -> Tensor:
+    embedded = linear(projector.l2, relu(linear(projector.l1, condition)))
+    return torch.stack([torch.dot(a, b) for a, b in zip(features, embedded, strict=True)])
+
+
+def gru_cell(cell: nn.GRUCell, x: Tensor, hidden: Tensor) -> Tensor:
+    """Cho et al. 2014, arXiv:1406.1078, with the reset gate after the matrix product."""
+    size = cell.hidden_size
+    reset_x, update_x, new_x = (x @ cell.weight_ih.T + cell.bias_ih).split(size, 1)
+    reset_h, update_h, new_h = (hidden @ cell.weight_hh.T + cell.bias_hh).split(size, 1)
+    reset, update = sigmoid(reset_x + reset_h), sigmoid(update_x + update_h)
+    return (1 - update) * torch.tanh(new_x + reset * new_h) + update * hidden
+
+
+def condition_rnn(rnn: ConditionRNN, turns: Sequence[set[int]]) -> tuple[list[Tensor], Tensor]:
+    """One scene: the ids of every turn to the conditions (D,) of every turn and the last hidden (D,)."""
+    hidden = torch.zeros_like(rnn.embedding.weight[:1])
+    outputs = []
+    for ids in turns:
+        embedded = sum((rnn.embedding.weight[i] for i in sorted(ids)), torch.zeros_like(hidden))
+        hidden = gru_cell(rnn.gru, embedded, hidden)
+        mean = hidden.mean()
+        deviation = torch.sqrt(((hidden - mean) ** 2).mean() + rnn.norm.eps)
+        outputs.append(((hidden - mean) / deviation * rnn.norm.weight + rnn.norm.bias)[0])
+    return outputs, hidden[0]
+
+
+def previous_image_features(encoder: PreviousImageEncoder, image: Tensor) -> list[Tensor]:
+    features = []
+    for conv, norm in zip(encoder.convs, encoder.norms, strict=True):
+        image = relu(batch_norm(norm, convolution(conv, image)))
+        features.append(image)
+    return features
+
+
+def place_map(places: Sequence[Sequence[float]], image_size: int, sigma: float = 3.0) -> Tensor:
+    out = torch.zeros(len(places), 1, image_size, image_size, dtype=torch.float64)
+    for n, (x, y) in enumerate(places):
+        for row in range(image_size):
+            for column in range(image_size):
+                out[n, 0, row, column] = math.exp(-((column - x) ** 2 + (row - y) ** 2) / (2 * sigma**2))
+    return out
+
+
+def place_of_change(prev_image: Tensor, image: Tensor, threshold: float) -> tuple[float, float]:
+    """The centroid of one pair of pictures (3, H, W); NaN where nothing changed."""
+    pixels = [
+        (x, y)
+        for y in range(image.shape[1])
+        for x in range(image.shape[2])
+        if max(abs(image[c, y, x].item() - prev_image[c, y, x].item()) for c in range(3)) > threshold
+    ]
+    if not pixels:
+        return math.nan, math.nan
+    return sum(x for x, _ in pixels) / len(pixels), sum(y for _, y in pixels) / len(pixels)
+
+
+def place_logits(model: PlaceModel, image: Tensor, condition: Tensor) -> Tensor:
+    fine = relu(convolution(model.conv1, image))
+    coarse = relu(convolution(model.conv2, fine))
+    coarse = coarse + relu(convolution(model.conv3, coarse) + linear(model.condition, condition)[:, :, None, None])
+    x = relu(convolution(model.conv4, torch.cat((fine, upsample(coarse)), 1)))
+    return convolution(model.conv5, x)[:, 0] + model.prior
+
+
+def generate_turn(
+    generator: IterativeGenerator, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None
+) -> Tensor:
+    """One turn of a generator of 64x64 pixels, whose four blocks are written out."""
+    config = generator.config
+    known = prev_image
+    if place is not None:
+        known = torch.cat((prev_image, place_map(place.tolist(), 64).to(prev_image.dtype)), 1)
+    at_32, at_16, at_8 = previous_image_features(generator.prev_encoder, known)
+    norm_condition = torch.cat((condition, z), 1) if config.noise_in_norm else condition
+    blend = config.output == "blend"
+
+    x = linear(generator.l0, torch.cat((z, linear(generator.c_proj, condition)), 1)).view(len(z), -1, 4, 4)
+    x = gen_block(generator.block1, x, norm_condition)
+    x = gen_block(generator.block2, torch.cat((x, at_8), 1), norm_condition)
+    x = gen_block(generator.block3, torch.cat((x, at_16), 1) if blend else x, norm_condition)
+    x = gen_block(generator.block4, torch.cat((x, at_32), 1) if blend else x, norm_condition)
+    x = leaky_relu(batch_norm(generator.bn, x))
+    if not blend:
+        return torch.tanh(convolution(generator.conv, x))
+    x = convolution(generator.conv, torch.cat((x, known), 1))
+    mask = sigmoid(x[:, 3:])
+    return mask * torch.tanh(x[:, :3]) + (1 - mask) * prev_image
+
+
+def discriminate(
+    discriminator: DiffDiscriminator,
+    prev_image: Tensor,
+    image: Tensor,
+    condition: Tensor,
+    place: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits (N,) and object logits (N, K) of a discriminator of 64x64 pixels, the two pictures one after the other."""
+    features = []
+    for picture in (prev_image, image):
+        x = picture
+        if place is not None:
+            x = torch.cat((x, place_map(place.tolist(), 64).to(x.dtype)), 1)
+        x = dis_block(discriminator.block1, x, first=True)
+        x = dis_block(discriminator.block2, x, first=False)
+        features.append(dis_block(discriminator.block3, x, first=False))
+    x = features[1] - features[0]
+    x = dis_block(discriminator.block4, x, first=False)
+    x = dis_block(discriminator.block5, x, first=False)
+    x = leaky_relu(x).sum((2, 3))
+    logits = linear(discriminator.l6, x)[:, 0]
+    logits = logits + condition_projection(discriminator.condition_projector, x, condition)
+    first, _, second = discriminator.aux_objective
+    return logits, linear(second, relu(linear(first, x)))

@@ -1,0 +1,604 @@
+"""The command line, driven as a user does: exit status, what is on which stream, and what is left on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from scenes import write_iclevr_layout
+
+import condgan
+from condgan import cli, drawing, evaluation, hub, training
+from condgan.classifier import SceneClassifier, SceneClassifierConfig
+from condgan.cli import main
+from condgan.models import DiffDiscriminator, DiscriminatorConfig, GeneratorConfig, IterativeGenerator
+from condgan.training import PRESETS, TrainConfig
+
+COMMANDS = ("generate", "add", "info", "list", "prepare", "train", "evaluate")
+SCENE = ["red cube", "blue sphere"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny random models that stand in for the shipped ones, and of broken ones."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny = GeneratorConfig(width=4, z_dim=4, condition_dim=8)
+    classifier = SceneClassifierConfig(widths=(4,), blocks=(1,), stem="small")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = IterativeGenerator(
+            GeneratorConfig(width=4, z_dim=4, condition_dim=8, output="blend", places=True, light_components=2)
+        )
+        with torch.no_grad():
+            generator.conv.bias[3:] = 1.0  # each turn is seen in the picture
+        generator.save_pretrained(folder / "iclevr-64")
+        IterativeGenerator(tiny).save_pretrained(folder / "plain")
+        IterativeGenerator(tiny).save_pretrained(folder / "corrupt")
+        DiffDiscriminator(DiscriminatorConfig(width=1, condition_dim=4)).save_pretrained(folder / "critic")
+        SceneClassifier(classifier).save_pretrained(folder / "verifier")
+        SceneClassifier(classifier).save_pretrained(folder / "judge")
+    weights = folder / "corrupt" / hub.WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def iclevr(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 scenes in the layout of i-CLEVR, not prepared; the tests leave it alone."""
+    return write_iclevr_layout(tmp_path_factory.mktemp("data") / "iclevr", 24)
+
+
+@pytest.fixture(scope="module")
+def packed(iclevr: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from condgan.prepare import prepare
+
+    return prepare(iclevr, out=tmp_path_factory.mktemp("packed") / "condgan-64.npy", progress=False).path
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty working folder, in an installation that ships the tiny models."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "SHIPPED", models)
+    drawing._verifier.cache_clear()
+    yield
+    drawing._verifier.cache_clear()
+
+
+class Outcome:
+    """What a command answered."""
+
+    def __init__(self, status: int | str | None, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def json(self) -> dict[str, Any]:
+        assert self.status == 0, self.err
+        value = json.loads(self.out)  # fails where more than one value was printed
+        assert isinstance(value, dict)
+        assert self.out.count("\n") == 1
+        return value
+
+
+class Run:
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *argv: object) -> Outcome:
+        try:
+            status: int | str | None = main([str(argument) for argument in argv])
+        except SystemExit as exit_:
+            status = exit_.code
+        return Outcome(status, *self.capsys.readouterr())
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(capsys)
+
+
+def pixels(path: Path | str) -> bytes:
+    with Image.open(path) as picture:
+        return picture.convert("RGB").tobytes()
+
+
+def process(*argv: str) -> tuple[int, str, str]:
+    """Status, standard output and standard error of a process of its own, with this very package."""
+    root = str(Path(condgan.__file__).parents[1])
+    result = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root})
+    return result.returncode, result.stdout, result.stderr
+
+
+# --- help, version, wrong usage -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples_that_parse(command: str, run: Run) -> None:
+    outcome = run(command, "--help")
+    assert outcome.status == 0
+    assert outcome.err == ""
+    _, _, examples = outcome.out.replace("\\\n", "").partition("\nexamples:\n")
+    lines = [line.strip() for line in examples.splitlines() if line.strip().startswith("condgan ")]
+    assert any(line.startswith(f"condgan {command}") for line in lines)
+    for line in lines:
+        cli._parser().parse_args(shlex.split(line)[1:])
+    assert max(map(len, outcome.out.splitlines())) <= 110
+
+
+def test_main_help_names_every_command(run: Run) -> None:
+    outcome = run("--help")
+    assert outcome.status == 0
+    assert re.findall(r"^    (\w+)", outcome.out, flags=re.MULTILINE) == list(COMMANDS)
+    assert 'condgan generate "red cube"' in outcome.out
+
+
+def test_train_help_names_every_preset(run: Run) -> None:
+    described = re.findall(r"^  (\S+)  ", run("train", "--help").out.partition("presets:\n")[2], flags=re.MULTILINE)
+    assert set(PRESETS) <= set(described)
+
+
+def test_version(run: Run) -> None:
+    outcome = run("--version")
+    assert (outcome.status, outcome.out) == (0, f"condgan {condgan.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "COMMAND"),
+        ("paint", "invalid choice: 'paint'"),
+        ("generate", "required: OBJECT"),
+        ("generate 'red cube' --num 0", "--num: '0' is not a whole number of at least 1"),
+        ("generate 'red cube' --best-of many", "--best-of: 'many' is not a whole number"),
+        ("generate 'red cube' --seed seven", "--seed: invalid int value: 'seven'"),
+        ("generate 'red cube' --at left", "--at: 'left' is neither X,Y in pixels, such as 45,30, nor none"),
+        ("generate 'red cube' --at 1,2,3", "--at: '1,2,3' is neither"),
+        ("generate 'red cube' --grid --turns", "not allowed with argument"),
+        ("generate 'red cube' --see 7", "unrecognized arguments: --see 7"),  # no abbreviations: they break scripts
+        ("add photo.png", "required: OBJECT"),
+        ("prepare", "required: DATA_DIR"),
+        ("prepare data --image-size 0", "--image-size: '0' is not"),
+        ("train --out run", "required: --data"),
+        ("train --data data --out run --preset compcat", "unknown preset 'compcat': did you mean 'compact'?"),
+        (
+            "train --data data --out run --set lr_genrator=1",
+            "unknown field 'lr_genrator': did you mean 'lr_generator'?",
+        ),
+        ("train --data data --out run --set generator.widht=1", "did you mean 'generator.width'?"),
+        ("train --data data --out run --set generator=1", "unknown field 'generator'"),
+        ("train --data data --out run --set bf16", "'bf16' is not FIELD=VALUE"),
+        ("train --data data --out run --set images=1e6", "images must be a whole number, got '1e6'"),
+        ("train --data data --out run --set lr_encoder=low", "lr_encoder must be a number, got 'low'"),
+        ("train --data data --out run --set bf16=maybe", "bf16 must be true or false, got 'maybe'"),
+        ("train --data data --out run --set generator.output=relu", "generator.output must be tanh or blend"),
+        ("train --data data --out run --set objective=l2", "objective must be one of"),
+        ("train --data data --out run --set generator.places=false", "must agree on places"),
+        ("train --data data --out run --device abacus", "--device: 'abacus' cannot be used"),
+        ("evaluate", "required: --conditions"),
+        ("evaluate --conditions test.json --draws 0", "--draws: '0' is not"),
+    ],
+)
+def test_wrong_usage(line: str, message: str, run: Run, tmp_path: Path) -> None:
+    outcome = run(*shlex.split(line))
+    assert outcome.status == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("usage: condgan")
+    assert message in outcome.err.splitlines()[-1]
+    assert [*tmp_path.iterdir()] == []
+
+
+# --- failures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("generate 'pink cube'", "unknown object 'pink cube': did you mean '"),
+        ("generate 'red cube' 'blu sphere'", "unknown object 'blu sphere': did you mean 'blue sphere'?"),
+        ("generate red cube", "unknown object 'red': did you mean 'red cube'?"),  # the quotes forgotten
+        ("generate ''", "unknown object ''"),
+        ("generate 5", "unknown object '5'"),
+        ("generate 'red cube' --seed -1", "seed must be between 0 and 2**63 - 1, got -1"),
+        ("generate 'red cube' --model iclevr-46", "unknown checkpoint 'iclevr-46': did you mean 'iclevr-64'?"),
+        ("generate 'red cube' --model ./nowhere", "nowhere does not exist: check the path"),
+        ("generate 'red cube' --model {models}/corrupt", "model.safetensors is cut short or damaged"),
+        ("generate 'red cube' --model verifier", "is of a SceneClassifier, not of a IterativeGenerator"),
+        ("generate 'red cube' --model {data}", "has no config.json"),
+        ("generate 'red cube' --model {models}/plain --at 3,4", "does not know places"),
+        ("generate 'red cube' 'blue sphere' --at 3,4", "at needs one entry an object"),
+        ("generate 'red cube' --at 64,4", "x and y go from 0 to 63"),
+        ("generate 'red cube' --at nan,4", "x and y go from 0 to 63"),
+        ("generate 'red cube' --out missing/scene.png", "cannot write 'missing/scene.png'"),
+        ("generate 'red cube' --out {data}/train.json/scene.png", "cannot write '"),
+        ("generate 'red cube' --turns --out missing/turns.png", "cannot write 'missing/turns.png'"),
+        ("generate 'red cube' --out scene", "path must end like a picture file, such as scene.png"),
+        ("add missing.png 'red cube'", "there is no file 'missing.png'"),
+        ("add {data}/train.json 'red cube'", "is not a readable picture"),
+        ("add {data}/images/CLEVR_train_000000_0.png cube", "unknown object 'cube'"),
+        ("info iclevr", "unknown checkpoint 'iclevr': did you mean 'iclevr-64'?"),
+        ("info {models}/corrupt", "is cut short or damaged"),
+        ("info {data}", "has no config.json"),
+        ("prepare missing", "there is no folder missing"),
+        ("prepare {models}", "there is no"),
+        ("prepare {data} --out {data}/train.json/packed.npy", "cannot write"),
+        ("train --data missing --out run", "missing is neither a folder nor a packed .npy file"),
+        ("train --data {data} --out run", "it is not prepared yet: run `condgan prepare"),
+        ("evaluate --conditions missing.json", "there is no file 'missing.json'"),
+        ("evaluate --conditions {data}/train.json", "a JSON list of lists of names"),
+        ("evaluate --conditions {data}/images/CLEVR_train_000000_0.png", "is not JSON"),
+        ("evaluate --conditions {data}/test.json --judge jugde", "unknown checkpoint 'jugde': did you mean 'judge'?"),
+        ("evaluate --conditions {data}/test.json --judge iclevr-64", "is of a IterativeGenerator, not of a SceneCla"),
+        ("evaluate --conditions {data}/test.json --data missing", "there is no file 'missing'"),
+        ("evaluate --conditions {data}/test.json --out missing/report.json", "cannot write 'missing/report.json'"),
+        ("evaluate --conditions {data}/test.json --out .", "cannot write '.'"),
+    ],
+)
+def test_a_failure_is_one_line(line: str, message: str, run: Run, models: Path, iclevr: Path, tmp_path: Path) -> None:
+    argv = shlex.split(line.format(models=models, data=iclevr))
+    outcome = run(*argv, "--json")
+    assert outcome.status == 1
+    assert outcome.out == ""
+    assert re.fullmatch(rf"condgan {argv[0]}: error: [^\n]+\n", outcome.err)
+    assert message in outcome.err
+    assert [*tmp_path.iterdir()] == [], "nothing half done is left"
+
+
+def test_a_data_folder_without_labels(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "objects.json").write_text('{"red cube": 0}')
+    outcome = run("prepare", ".")
+    assert outcome.status == 1
+    assert "there is no train.json in ." in outcome.err
+
+
+def test_diverged_training_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*_: object, **__: object) -> None:
+        raise training.TrainingDiverged("five updates in a row\nwere not finite")
+
+    monkeypatch.setattr(training, "train", diverge)
+    outcome = run("train", "--data", "data", "--out", "run")
+    assert outcome.status == 1
+    assert outcome.err == "condgan train: error: five updates in a row were not finite\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "line", "advice"),
+    [
+        (training, "train", "train --data data --out run", ": run the same command again to go on"),
+        (evaluation, "evaluate", "evaluate --conditions test.json --out report.json", ""),
+    ],
+)
+def test_ctrl_c(
+    module: Any, function: str, line: str, advice: str, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, function, interrupt)
+    outcome = run(*shlex.split(line))
+    assert outcome.status == 130
+    assert outcome.out == ""
+    assert outcome.err == f"condgan {line.split()[0]}: interrupted{advice}\n"
+    assert [*tmp_path.iterdir()] == []
+
+
+# --- as a program of its own --------------------------------------------------------------------------------------
+
+
+def test_python_m_condgan() -> None:
+    status, out, err = process(sys.executable, "-m", "condgan", "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith("usage: condgan ")
+
+
+def test_drawing_imports_nothing_slow(models: Path) -> None:
+    slow = {"torchvision", "huggingface_hub", "condgan.training", "condgan.evaluation"}
+    script = f"import sys; from condgan.cli import main; print(main(sys.argv[1:]), {slow} & {{*sys.modules}})"
+    status, out, err = process(sys.executable, "-c", script, "generate", *SCENE, "--model", str(models / "iclevr-64"))
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == "0 set()"
+    assert Path("scene.png").is_file()
+
+
+def test_a_reader_that_has_gone() -> None:
+    script = f"{shlex.quote(sys.executable)} -m condgan list | true; echo ${{PIPESTATUS[0]}}"
+    assert process("bash", "-c", script) == (0, "1\n", "")
+
+
+# --- generate and add ---------------------------------------------------------------------------------------------
+
+
+def test_generate_draws_what_python_draws(run: Run) -> None:
+    outcome = run("generate", *SCENE, "--seed", 7)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert outcome.out == "scene.png: red cube, blue sphere; seed 7\n"
+    expected = IterativeGenerator.from_pretrained().generate(SCENE, seed=7)
+    assert pixels("scene.png") == expected.image.tobytes()
+    with Image.open("scene.png") as picture:
+        assert json.loads(picture.info["condgan"])["seed"] == 7
+
+
+def test_a_fresh_seed_is_told_and_draws_the_picture_again(run: Run) -> None:
+    (picture,) = run("generate", "Grey  CUBE", "--json").json["pictures"]
+    assert picture["conditions"] == ["gray cube"]
+    run("generate", "gray cube", "--seed", picture["seed"], "--out", "again.png")
+    assert pixels("scene.png") == pixels("again.png")
+    assert run("generate", "gray cube", "--json").json["pictures"][0]["seed"] != picture["seed"]
+
+
+def test_several_pictures_are_numbered(run: Run, tmp_path: Path) -> None:
+    report = run("generate", *SCENE, "--num", 3, "--seed", 7, "--out", tmp_path / "scene.png", "--json").json
+    assert report["files"] == [str(tmp_path / f"scene-{i}.png") for i in range(3)]
+    assert [picture["file"] for picture in report["pictures"]] == report["files"]
+    assert [picture["seed"] for picture in report["pictures"]] == [7, 8, 9]
+    assert sorted(map(str, tmp_path.iterdir())) == report["files"]
+    run("generate", *SCENE, "--seed", 8)
+    assert pixels("scene.png") == pixels("scene-1.png")
+
+
+@pytest.mark.parametrize(("option", "columns", "rows"), [("--turns", 3, 3), ("--grid", 2, 2)])
+def test_sheets(option: str, columns: int, rows: int, run: Run, tmp_path: Path) -> None:
+    outcome = run("generate", *SCENE, "--num", 3, "--seed", 7, option, "--out", "sheet.png")
+    assert outcome.out == "".join(f"sheet.png: red cube, blue sphere; seed {seed}\n" for seed in (7, 8, 9))
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+    expected = IterativeGenerator.from_pretrained().generate(SCENE, num_images=3, seed=7)
+    with Image.open("sheet.png") as sheet:
+        assert sheet.size == (columns * 66 - 2, rows * 66 - 2)
+        assert [picture["seed"] for picture in json.loads(sheet.info["condgan"])["pictures"]] == [7, 8, 9]
+        assert sheet.tobytes() == expected.grid(turns=option == "--turns").tobytes()
+
+
+def test_places(run: Run) -> None:
+    argv = ("generate", *SCENE, "--seed", 7, "--json")
+    (drawn,) = run(*argv).json["pictures"]
+    (asked,) = run(*argv, "--at", "none", "--at", "45,30.5", "--out", "asked.png").json["pictures"]
+    assert asked["places"] == [drawn["places"][0], [45.0, 30.5]]
+    assert pixels("scene.png") != pixels("asked.png")
+    places = [f"--at={x},{y}" for x, y in drawn["places"]]  # what is reported can be asked for
+    assert run(*argv, *places, "--out", "again.png").json["pictures"][0]["places"] == drawn["places"]
+    assert pixels("scene.png") == pixels("again.png")
+
+
+def test_a_model_without_places_reports_none(run: Run, models: Path) -> None:
+    (picture,) = run("generate", "red cube", "--model", models / "plain", "--json").json["pictures"]
+    assert (picture["places"], picture["score"], picture["verified"]) == (None, None, None)
+
+
+def test_best_of_tells_score_and_seed(run: Run) -> None:
+    argv = ("generate", *SCENE, "--seed", 7, "--best-of", 4)
+    (picture,) = run(*argv, "--json").json["pictures"]
+    expected = IterativeGenerator.from_pretrained().generate(SCENE, seed=7, best_of=4)
+    assert (picture["seed"], picture["score"]) == (expected.seeds[0], expected.scores[0] if expected.scores else None)
+    assert run(*argv).out == f"scene.png: red cube, blue sphere; seed {picture['seed']}, score {picture['score']:.3f}\n"
+    run("generate", *SCENE, "--seed", picture["seed"], "--out", "again.png")
+    assert pixels("scene.png") == pixels("again.png")
+
+
+def test_verify_tells_what_was_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def probabilities(self: SceneClassifier, images: torch.Tensor) -> torch.Tensor:
+        return condgan.Vocabulary().multi_hot(["red cube"]).expand(len(images), -1) * 0.75
+
+    monkeypatch.setattr(SceneClassifier, "probabilities", probabilities)
+    outcome = run("generate", *SCENE, "--seed", 7, "--verify")
+    assert outcome.out.splitlines()[1:] == ["  red cube: found, 0.750", "  blue sphere: not found, 0.000"]
+    (picture,) = run("generate", *SCENE, "--verify", "--json").json["pictures"]
+    assert picture["verified"] == {
+        "red cube": {"found": True, "probability": 0.75},
+        "blue sphere": {"found": False, "probability": 0.0},
+    }
+
+
+@pytest.mark.filterwarnings("default:5 objects")
+def test_more_objects_than_in_training_is_a_warning(run: Run) -> None:
+    outcome = run("generate", *["red cube", "blue sphere", "gray cube", "cyan cube", "green sphere"], "--json")
+    assert outcome.json["files"] == ["scene.png"]
+    assert re.fullmatch(r"condgan generate: warning: 5 objects are asked, [^\n]+ at most 3: [^\n]+\n", outcome.err)
+    assert Path("scene.png").is_file()
+
+
+def test_add_draws_on_a_picture(run: Run, iclevr: Path) -> None:
+    photo = iclevr / "images" / "CLEVR_train_000000_0.png"
+    before = photo.read_bytes()
+    outcome = run("add", photo, "green cylinder", "--seed", 8)
+    assert outcome.out == "more.png: green cylinder; seed 8\n"
+    expected = IterativeGenerator.from_pretrained().add(photo, "green cylinder", seed=8)
+    assert pixels("more.png") == expected.image.tobytes()
+    assert photo.read_bytes() == before
+    run("generate", "green cylinder", "--seed", 8)
+    assert pixels("more.png") != pixels("scene.png")
+
+
+def test_add_takes_the_options_of_generate(run: Run, iclevr: Path) -> None:
+    photo = iclevr / "images" / "CLEVR_train_000000_0.png"
+    argv = ("--num", 2, "--seed", 8, "--at", "20,40", "--best-of", 2, "--turns", "--out", "sheet.png", "--verify")
+    report = run("add", photo, "green cylinder", *argv, "--json").json
+    assert report["files"] == ["sheet.png"]
+    for picture in report["pictures"]:
+        assert picture["places"] == [[20.0, 40.0]]
+        assert picture["score"] is not None
+        assert [*picture["verified"]] == ["green cylinder"]
+    with Image.open("sheet.png") as sheet:
+        assert sheet.size == (2 * 66 - 2, 2 * 66 - 2)
+
+
+# --- info and list ------------------------------------------------------------------------------------------------
+
+
+def test_info_describes_the_default_model(run: Run, models: Path) -> None:
+    generator = IterativeGenerator.from_pretrained()
+    report = run("info", "--json").json
+    assert report["model"] == "iclevr-64"
+    assert report["model_type"] == "IterativeGenerator"
+    assert report["parameters"] == sum(parameter.numel() for parameter in generator.parameters())
+    assert report["file_bytes"] == (models / "iclevr-64" / hub.WEIGHTS_NAME).stat().st_size
+    assert report["objects"] == list(generator.vocabulary.names)
+    assert report["config"] | {"objects": tuple(report["objects"])} == vars(generator.config)
+    assert report["card"] == (models / "iclevr-64" / hub.CARD_NAME).read_text()
+    text = run("info").out
+    assert text.startswith(f"iclevr-64: IterativeGenerator, {report['parameters']:,} parameters, ")
+    assert re.search(r"^image_size +64$", text, flags=re.MULTILINE)
+    assert "24 objects: gray cube, red cube, " in text
+    assert "# IterativeGenerator\n\nDraws one more object" in text
+    assert "license: mit" not in text, "the header of the card is for machines"
+    assert "## Use" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [("verifier", "SceneClassifier"), ("critic", "DiffDiscriminator"), ("judge", "SceneClassifier")],
+)
+def test_info_knows_every_kind_of_model(name: str, model_type: str, run: Run, models: Path) -> None:
+    (models / "critic" / hub.CARD_NAME).unlink(missing_ok=True)  # a card is not needed
+    report = run("info", models / name, "--json").json
+    assert report["model_type"] == model_type
+    assert run("info", name).out.startswith(f"{name}: {model_type}, ")
+
+
+def test_list(run: Run) -> None:
+    assert run("list").out.split() == condgan.list_pretrained()
+    report = run("list", "--json").json
+    assert [model["name"] for model in report["models"]] == condgan.list_pretrained()
+    assert report["default"] == "iclevr-64"
+
+
+def test_list_all(run: Run) -> None:
+    report = run("list", "--all", "--json").json
+    assert sorted(model["name"] for model in report["models"]) == sorted(condgan.list_pretrained(None))
+    assert {"name": "verifier", "model_type": "SceneClassifier"} in report["models"]
+    assert ["judge", "SceneClassifier"] in [line.split() for line in run("list", "--all").out.splitlines()]
+
+
+# --- prepare, train, evaluate -------------------------------------------------------------------------------------
+
+
+def test_prepare(run: Run, tmp_path: Path) -> None:
+    write_iclevr_layout(tmp_path / "iclevr", 3)
+    (tmp_path / "iclevr" / "images" / "CLEVR_train_000001_2.png").unlink()
+    outcome = run("prepare", "iclevr", "--image-size", 32, "--json")
+    report = outcome.json
+    assert outcome.err == "", "no progress bar where nobody sees it"
+    assert report["path"] == "iclevr/condgan-32.npy"
+    assert (report["scenes"], report["pictures"], report["already_prepared"]) == (2, 6, False)
+    assert report["missing"] == ["CLEVR_train_000001_2.png"]
+    assert report["skipped_scenes"] == ["CLEVR_train_000001"]
+    again = run("prepare", "iclevr", "--image-size", 32)
+    assert "was prepared before" in again.out
+    assert "1 pictures listed in train.json but missing: CLEVR_train_000001_2.png" in again.out
+    assert run("prepare", "iclevr", "--out", "packed.npy", "--json").json["path"] == "packed.npy"
+    assert Path("packed.npy").is_file()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What ``condgan train`` asks of the library, without the training."""
+    calls: list[tuple[Any, ...]] = []
+
+    def note(data: Path, out: Path, config: TrainConfig, **options: object) -> IterativeGenerator:
+        print("a library that talks")
+        calls.append((data, out, config, options))
+        return IterativeGenerator(GeneratorConfig(width=1, condition_dim=4))
+
+    monkeypatch.setattr(training, "train", note)
+    return calls
+
+
+def test_train_changes_fields_of_a_preset(run: Run, asked: list[tuple[Any, ...]]) -> None:
+    fields = (
+        *("--set", "generator.output=tanh", "--set", "lr_generator=3e-4", "--set", "bf16=False"),
+        *("--set", "generator.places=false", "--set", "discriminator.places=false"),  # which have to agree
+        *("--set", "discriminator.image_size=64", "--set", "generator.objects=red cube, blue sphere"),
+    )
+    run("train", "--data", "data", "--out", "run", *fields, "--images", 1000, "--seed", 3, "--batch-scenes", 2)
+    ((data, out, config, options),) = asked
+    assert (data, out) == (Path("data"), Path("run"))
+    assert options == {"device": None, "progress": False}
+    changed = {name for name in vars(config) if getattr(config, name) != getattr(PRESETS["compact"], name)}
+    assert changed == {"generator", "discriminator", "lr_generator", "bf16", "images", "seed", "batch_scenes"}
+    assert (config.lr_generator, config.bf16, config.images, config.seed, config.batch_scenes) == (
+        3e-4,
+        False,
+        1000,
+        3,
+        2,
+    )
+    assert config.generator.objects == ("red cube", "blue sphere")
+    assert (config.generator.output, config.generator.places, config.discriminator.places) == ("tanh", False, False)
+    assert config.generator.width == PRESETS["compact"].generator.width
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_train_takes_every_preset(preset: str, run: Run, asked: list[tuple[Any, ...]]) -> None:
+    report = run("train", "--data", "data", "--preset", preset, "--out", "run", "--device", "cpu", "--json")
+    assert report.json["model"] == "run/model"
+    assert report.err == "a library that talks\n", "standard output is for the report alone"
+    ((_, _, config, options),) = asked
+    assert config == PRESETS[preset]
+    assert options["device"] == "cpu"
+
+
+def test_train_and_draw(run: Run, packed: Path) -> None:
+    small = "generator.width=1 generator.z_dim=2 generator.condition_dim=4 generator.light_components=1 bf16=false "
+    small += "discriminator.width=1 discriminator.condition_dim=4 reconstruction_images=6 candidates=1"
+    fields = [argument for field in small.split() for argument in ("--set", field)]
+    argv = ("train", "--data", packed, "--out", "run", "--batch-scenes", 2, *fields)
+    outcome = run(*argv, "--images", 12)
+    assert outcome.status == 0, outcome.err
+    (command,) = re.findall(r"^  condgan (.+)$", outcome.out, flags=re.MULTILINE)
+    assert run(*shlex.split(command)).status == 0  # what it tells to do works
+    assert Path("scene.png").is_file()
+    assert run(*argv, "--images", 18, "--json").json["images"] == 18  # goes on
+    other = run(*argv, "--images", 18, "--seed", 1)
+    assert other.status == 1
+    assert "is of another run: seed was 0 and is 1" in other.err
+
+
+API_KEYS = (
+    *("model", "conditions", "draws", "judge", "accuracy", "accuracy_ci95", "exact", "object_f1", "real_accuracy"),
+    *("real_exact", "frechet_distance", "preservation", "diversity", "seconds"),
+)
+
+
+def test_evaluate(run: Run, iclevr: Path, packed: Path) -> None:
+    argv = ("evaluate", "--conditions", iclevr / "test.json", "--draws", 2, "--data", packed)
+    outcome = run(*argv, "--out", "report.json", "--json")
+    report = outcome.json
+    assert outcome.err == ""
+    assert set(API_KEYS) <= report.keys()
+    assert all(report[key] is not None for key in API_KEYS)
+    assert (report["model"], report["conditions"], report["judge"], report["draws"]) == (
+        "iclevr-64",
+        "test.json",
+        "judge",
+        2,
+    )
+    assert json.loads(Path("report.json").read_text()) == report
+    assert [path.name for path in Path().iterdir()] == ["report.json"]
+
+
+def test_evaluate_prints_a_table(run: Run, iclevr: Path, models: Path) -> None:
+    argv = (
+        "evaluate",
+        models / "plain",
+        "--conditions",
+        iclevr / "test.json",
+        "--draws",
+        1,
+        "--judge",
+        models / "verifier",
+    )
+    outcome = run(*argv, "--seed", 5)
+    assert outcome.out.startswith(f"{models / 'plain'} on test.json: 6 lists of 12 objects, 1 draws each")
+    assert f"judged by {models / 'verifier'}" in outcome.out
+    assert re.search(r"^accuracy +[01]\.\d{3} ", outcome.out, flags=re.MULTILINE)
+    report = run(*argv, "--seed", 5, "--json").json
+    assert report["seed"] == 5
+    assert report["real_accuracy"] is None

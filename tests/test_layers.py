@@ -1,0 +1,251 @@
+"""Every layer: shapes, dtypes, gradients, bad input, equality with a plain version, and what makes it what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+from reference import randomise
+from torch import Tensor, nn
+
+from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
+    "cbn": (lambda: ConditionalBatchNorm2d(3, 5), ((2, 3, 4, 5), (2, 5))),
+    "gen": (lambda: GenBlock(3, 4, 5), ((2, 3, 4, 5), (2, 5))),
+    "dis": (lambda: DisBlock(3, 4), ((2, 3, 5, 7),)),
+    "dis first": (lambda: DisBlock(3, 4, preactivate=False), ((2, 3, 5, 7),)),
+    "dis plain": (lambda: DisBlock(3, 4, spectral=False), ((2, 3, 5, 7),)),
+    "projector": (lambda: ConditionProjector(5, 6), ((2, 6), (2, 5))),
+    "projector plain": (lambda: ConditionProjector(5, 6, spectral=False), ((2, 6), (2, 5))),
+}
+PLAIN: dict[str, Callable[..., Tensor]] = {
+    "cbn": reference.conditional_batch_norm,
+    "gen": reference.gen_block,
+    "dis": lambda block, x: reference.dis_block(block, x, first=False),
+    "dis first": lambda block, x: reference.dis_block(block, x, first=True),
+    "projector": reference.condition_projection,
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[Tensor]]:
+    """A layer with weights and running statistics of its own, in eval mode, and input for it."""
+    layer, shapes = LAYERS[name]
+    rng = torch.Generator().manual_seed(1)
+    return randomise(layer()).to(dtype), [
+        torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype) for shape in shapes
+    ]
+
+
+@every_layer
+@pytest.mark.parametrize("training", [False, True])
+def test_equal_to_the_plain_version(name: str, training: bool) -> None:
+    layer, inputs = make(name, torch.float64)
+    layer.train(training)
+    output = layer(*inputs)
+    expected = PLAIN[name.removesuffix(" plain")](layer, *inputs)  # after it: the vectors it left behind
+    torch.testing.assert_close(output, expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(("height", "width"), [(1, 2), (2, 2), (3, 5), (8, 7)])
+def test_shapes_of_batches_of_one_and_odd_sizes(n: int, height: int, width: int) -> None:
+    x, condition = torch.randn(n, 3, height, width), torch.randn(n, 5)
+    assert ConditionalBatchNorm2d(3, 5)(x, condition).shape == x.shape
+    assert GenBlock(3, 2, 5)(x, condition).shape == (n, 2, 2 * height, 2 * width)
+    if height > 1:
+        assert DisBlock(3, 2)(x).shape == (n, 2, height // 2, width // 2)
+    assert ConditionProjector(5, 4)(torch.randn(n, 4), condition).shape == (n,)
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dtype_is_kept(name: str, dtype: torch.dtype) -> None:
+    layer, inputs = make(name, dtype)
+    output = layer(*inputs)
+    assert output.dtype == dtype
+    assert output.isfinite().all()
+
+
+@every_layer
+def test_every_parameter_and_input_gets_a_finite_gradient(name: str) -> None:
+    layer, inputs = make(name)
+    layer.train()
+    inputs = [x.requires_grad_() for x in inputs]
+    layer(*inputs).square().sum().backward()
+    for key, tensor in [*layer.named_parameters(), *((f"input {i}", x) for i, x in enumerate(inputs))]:
+        assert tensor.grad is not None, key
+        assert tensor.grad.isfinite().all(), key
+        assert key.endswith("bias") or tensor.grad.abs().sum() > 0, key
+
+
+@every_layer
+def test_first_and_second_derivatives_are_those_of_finite_differences(name: str) -> None:
+    layer, inputs = make(name, torch.float64)
+    inputs = [x.requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(layer, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(layer, inputs, fast_mode=True)  # gradient penalties need them
+
+
+@every_layer
+def test_in_eval_a_batch_equals_its_items_one_by_one(name: str) -> None:
+    layer, inputs = make(name)
+    one_by_one = [layer(*(x[i : i + 1] for x in inputs)) for i in range(len(inputs[0]))]
+    torch.testing.assert_close(layer(*inputs), torch.cat(one_by_one), atol=1e-5, rtol=1e-5)
+
+
+# Conditional batch norm
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_fresh_conditional_batch_norm_is_plain_batch_norm(training: bool) -> None:
+    fresh, plain = ConditionalBatchNorm2d(3, 5).train(training), nn.BatchNorm2d(3, affine=False).train(training)
+    for _ in range(2):
+        x = 3 * torch.randn(4, 3, 5, 5) + 1
+        torch.testing.assert_close(fresh(x, torch.randn(4, 5)), plain(x), atol=1e-6, rtol=1e-6)
+    assert torch.equal(fresh.bn.running_mean, plain.running_mean)
+    assert torch.equal(fresh.bn.running_var, plain.running_var)
+
+
+def test_scale_and_shift_are_predicted_for_every_item_and_channel() -> None:
+    layer = ConditionalBatchNorm2d(2, 3).eval()
+    with torch.no_grad():
+        layer.fc.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 5.0]))  # scales of the two channels, then their shifts
+        layer.fc.weight[0, 2] = 1.0  # channel 0's scale follows the condition's last entry
+    out = layer(torch.ones(2, 2, 1, 1), torch.tensor([[9.0, 9.0, 0.0], [9.0, 9.0, 10.0]]))
+    expected = torch.tensor([[2.0, 6.0], [12.0, 6.0]])
+    torch.testing.assert_close(out[:, :, 0, 0], expected, atol=1e-4, rtol=1e-4)  # eps of the norm
+
+
+def test_eval_reads_the_running_statistics_and_training_updates_them() -> None:
+    layer = ConditionalBatchNorm2d(3, 5).eval()
+    x, condition = torch.randn(4, 3, 5, 5) + 2, torch.randn(4, 5)
+    layer(x, condition)
+    assert layer.bn.running_mean.abs().sum() == 0
+    layer.train()(x, condition)
+    torch.testing.assert_close(layer.bn.running_mean, 0.1 * x.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 5), (5,), (2, 5, 1)])
+def test_conditional_batch_norm_shows_both_shapes_of_a_bad_condition(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="condition must be") as caught:
+        ConditionalBatchNorm2d(3, 5)(torch.zeros(2, 3, 4, 4), torch.zeros(shape))
+    assert "(N, 5)" in str(caught.value)
+    assert "(2, 3, 4, 4)" in str(caught.value)
+    assert str(shape) in str(caught.value)
+    with pytest.raises(ValueError, match="condition must be"):
+        GenBlock(3, 3, 5)(torch.zeros(2, 3, 4, 4), torch.zeros(shape))
+
+
+def test_channels_that_do_not_match_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"should contain 4 elements not 3"):
+        ConditionalBatchNorm2d(3, 5)(torch.zeros(2, 4, 4, 4), torch.zeros(2, 5))
+    with pytest.raises(RuntimeError, match=r"expected input\[2, 4, 4, 4\] to have 3 channels"):
+        GenBlock(3, 3, 5)(torch.zeros(2, 4, 4, 4), torch.zeros(2, 5))
+    with pytest.raises(RuntimeError, match=r"to have 3 channels"):
+        DisBlock(3, 3)(torch.zeros(2, 4, 4, 4))
+
+
+# Blocks
+
+
+def test_a_generator_block_whose_main_path_is_silent_is_an_upsampled_1x1_convolution() -> None:
+    block = GenBlock(2, 2, 5).eval()
+    with torch.no_grad():
+        nn.init.zeros_(block.c2.weight)
+        nn.init.zeros_(block.c2.bias)
+        nn.init.zeros_(block.c0.bias)
+        block.c0.weight.copy_(torch.tensor([[0.0, 1.0], [1.0, 0.0]])[:, :, None, None])  # swaps the channels
+    x = torch.randn(1, 2, 2, 3)
+    assert torch.equal(block(x, torch.randn(1, 5)), x.flip(1).repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_a_discriminator_block_too_small_to_halve_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        DisBlock(3, 4)(torch.randn(2, 3, 1, 4))
+
+
+@pytest.mark.parametrize("preactivate", [True, False])
+def test_the_shortcut_of_a_discriminator_block_sees_the_input_before_any_activation(preactivate: bool) -> None:
+    block = DisBlock(3, 3, preactivate, spectral=False)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            nn.init.zeros_(parameter)
+        block.c0.weight.copy_(torch.eye(3)[:, :, None, None])
+    torch.testing.assert_close(block(torch.full((1, 3, 4, 4), -2.0)), torch.full((1, 3, 2, 2), -2.0))
+    with torch.no_grad():
+        block.c0.weight.zero_()
+        block.c1.weight[:, :, 1, 1] = -torch.eye(3)
+        block.c2.weight[:, :, 1, 1] = torch.eye(3)
+    value = 0.02 if preactivate else 2.0  # -2 is rectified to -0.02 or not; c1 turns the sign
+    torch.testing.assert_close(block(torch.full((1, 3, 4, 4), -2.0)), torch.full((1, 3, 2, 2), value))
+
+
+# Projection
+
+
+def test_the_projection_is_linear_in_the_features() -> None:
+    projector = randomise(ConditionProjector(5, 6))
+    a, b, condition = torch.randn(3, 6), torch.randn(3, 6), torch.randn(3, 5)
+    torch.testing.assert_close(
+        projector(a - 2 * b, condition), projector(a, condition) - 2 * projector(b, condition), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("features", "condition"), [((2, 5), (2, 5)), ((2, 6), (3, 5)), ((2, 6), (2, 6)), ((6,), (5,))]
+)
+def test_the_projection_shows_the_shapes_of_bad_input(features: tuple[int, ...], condition: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="features and condition must be") as caught:
+        ConditionProjector(5, 6)(torch.zeros(features), torch.zeros(condition))
+    assert f"{features} and {condition}" in str(caught.value)
+
+
+# Spectral normalisation
+
+
+def applied_weights(layer: nn.Module) -> dict[str, Tensor]:
+    return {key: module.weight for key, module in layer.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+
+
+@pytest.mark.parametrize("name", ["dis", "projector"])
+def test_spectral_norm_brings_the_largest_singular_value_to_one(name: str) -> None:
+    layer, inputs = make(name)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter *= 7
+        layer.train()
+        for _ in range(200):  # one power iteration a call
+            layer(*inputs)
+        layer.eval()
+        for key, weight in applied_weights(layer).items():
+            largest = torch.linalg.matrix_norm(weight.flatten(1), 2)
+            torch.testing.assert_close(
+                largest, torch.tensor(1.0), atol=1e-3, rtol=0, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
+@pytest.mark.parametrize("name", ["dis", "projector"])
+def test_spectral_norm_moves_its_vectors_in_training_and_leaves_them_alone_in_eval(name: str) -> None:
+    layer, inputs = make(name)
+    before = {key: value.clone() for key, value in layer.named_buffers()}
+    assert len(before) == 2 * len(applied_weights(layer))
+    layer(*inputs)
+    assert all(torch.equal(value, before[key]) for key, value in layer.named_buffers())
+    layer.train()(*inputs)
+    assert not any(torch.equal(value, before[key]) for key, value in layer.named_buffers() if value.numel() > 1)
+
+
+@pytest.mark.parametrize("name", ["dis plain", "projector plain"])
+def test_without_spectral_norm_the_weights_are_applied_as_they_are(name: str) -> None:
+    layer, _ = make(name)
+    assert not list(layer.buffers())
+    assert {key.rsplit(".", 1)[1] for key, _ in layer.named_parameters()} == {"weight", "bias"}
+
+
+def test_repr_says_what_the_arguments_were() -> None:
+    assert "ConditionalBatchNorm2d(\n  64, condition_dim=128\n" in repr(ConditionalBatchNorm2d(64, 128))
+    assert "preactivate=False" in repr(DisBlock(3, 4, preactivate=False))

@@ -1,0 +1,737 @@
+"""The networks: the reference's architecture row by row, equality with plain versions, a grid of configs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import reference
+import torch
+from reference import randomise
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from condgan.functional import encode_objects
+from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
+from condgan.models import (
+    ConditionRNN,
+    DiffDiscriminator,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    IterativeGenerator,
+    PlaceModel,
+    PreviousImageEncoder,
+)
+
+GENERATORS = [
+    GeneratorConfig(width=4),
+    GeneratorConfig(width=4, output="blend"),
+    GeneratorConfig(width=4, output="blend", places=True, noise_in_norm=True, light_components=2, z_dim=7),
+    GeneratorConfig(width=4, places=True, condition_dim=12, objects=("dot", "dash")),
+    GeneratorConfig(image_size=32, width=4, noise_in_norm=True),
+    GeneratorConfig(image_size=32, width=4, output="blend", places=True),
+    GeneratorConfig(image_size=128, width=4),
+    GeneratorConfig(image_size=128, width=4, output="blend", places=True, noise_in_norm=True),
+]
+DISCRIMINATORS = [
+    DiscriminatorConfig(width=4),
+    DiscriminatorConfig(width=4, places=True, condition_dim=12, objects=("dot", "dash")),
+    DiscriminatorConfig(width=4, spectral_norm=False),
+    DiscriminatorConfig(image_size=32, width=4, places=True),
+    DiscriminatorConfig(image_size=128, width=4),
+]
+
+
+def config_name(config: GeneratorConfig | DiscriminatorConfig) -> str:
+    default = type(config)()
+    changed = {k: v for k, v in vars(config).items() if v != getattr(default, k) and k not in ("width", "objects")}
+    return ",".join(f"{key}={value}" for key, value in changed.items()) or "default"
+
+
+every_generator = pytest.mark.parametrize("config", GENERATORS, ids=config_name)
+every_discriminator = pytest.mark.parametrize("config", DISCRIMINATORS, ids=config_name)
+
+
+def generator_input(
+    config: GeneratorConfig, n: int = 2, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor | None, ...]:
+    """z, condition, previous picture, place."""
+    rng = torch.Generator().manual_seed(3)
+    z = torch.randn(n, config.z_dim, generator=rng)
+    condition = torch.randn(n, config.condition_dim, generator=rng)
+    prev_image = torch.rand(n, 3, config.image_size, config.image_size, generator=rng) * 2 - 1
+    place = torch.rand(n, 2, generator=rng) * (config.image_size - 1) if config.places else None
+    return tuple(None if x is None else x.to(dtype) for x in (z, condition, prev_image, place))
+
+
+def discriminator_input(
+    config: DiscriminatorConfig, n: int = 2, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor | None, ...]:
+    """Previous picture, picture, condition, place."""
+    rng = torch.Generator().manual_seed(4)
+    prev_image, image = torch.rand(2, n, 3, config.image_size, config.image_size, generator=rng) * 2 - 1
+    condition = torch.randn(n, config.condition_dim, generator=rng)
+    place = torch.rand(n, 2, generator=rng) * (config.image_size - 1) if config.places else None
+    return tuple(None if x is None else x.to(dtype) for x in (prev_image, image, condition, place))
+
+
+def item(arguments: tuple[Tensor | None, ...], i: int) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x[i : i + 1] for x in arguments)
+
+
+@contextmanager
+def recording(module: nn.Module) -> Iterator[dict[str, list[tuple[tuple[Tensor, ...], Tensor]]]]:
+    """Inputs and outputs of every call of every submodule, by its name."""
+    calls: dict[str, list[tuple[tuple[Tensor, ...], Tensor]]] = {}
+    hooks = [
+        submodule.register_forward_hook(
+            lambda _, inputs, output, name=name: calls.setdefault(name, []).append((inputs, output))
+        )
+        for name, submodule in module.named_modules()
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# The reference's architecture, row by row
+
+
+@pytest.fixture(scope="module")
+def reference_generator() -> IterativeGenerator:
+    return IterativeGenerator().eval()
+
+
+@pytest.fixture(scope="module")
+def reference_discriminator() -> DiffDiscriminator:
+    return DiffDiscriminator().eval()
+
+
+def check_convolution(layer: nn.Module, inputs: int, outputs: int, kernel: int, padding: int) -> None:
+    assert isinstance(layer, nn.Conv2d)
+    assert (layer.in_channels, layer.out_channels) == (inputs, outputs)
+    assert (layer.kernel_size, layer.padding, layer.stride) == ((kernel,) * 2, (padding,) * 2, (1, 1))
+    assert (layer.dilation, layer.groups) == ((1, 1), 1)
+    assert layer.bias is not None
+    assert layer.weight.shape == (outputs, inputs, kernel, kernel)
+
+
+def check_linear(layer: nn.Module, inputs: int, outputs: int) -> None:
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (inputs, outputs)
+    assert layer.bias is not None
+
+
+def check_conditional_norm(layer: nn.Module, channels: int) -> None:
+    assert isinstance(layer, ConditionalBatchNorm2d)
+    assert [name for name, _ in layer.named_children()] == ["bn", "fc"]
+    assert isinstance(layer.bn, nn.BatchNorm2d)
+    assert (layer.bn.num_features, layer.bn.affine, layer.bn.eps, layer.bn.momentum) == (channels, False, 1e-5, 0.1)
+    check_linear(layer.fc, 256, 2 * channels)
+
+
+def test_the_generator_has_the_modules_of_the_reference(reference_generator: IterativeGenerator) -> None:
+    generator = reference_generator
+    check_linear(generator.c_proj, 256, 256)
+    check_linear(generator.l0, 356, 16384)
+    for name, inputs, outputs in (
+        ("block1", 1024, 512),
+        ("block2", 1024, 256),
+        ("block3", 256, 128),
+        ("block4", 128, 64),
+    ):
+        block = generator.get_submodule(name)
+        assert isinstance(block, GenBlock)
+        assert {key for key, _ in block.named_children()} == {"cbn1", "cbn2", "c0", "c1", "c2"}
+        check_conditional_norm(block.cbn1, inputs)
+        check_conditional_norm(block.cbn2, outputs)
+        check_convolution(block.c0, inputs, outputs, 1, 0)
+        check_convolution(block.c1, inputs, outputs, 3, 1)
+        check_convolution(block.c2, outputs, outputs, 3, 1)
+    assert not hasattr(generator, "block5")
+    assert isinstance(generator.bn, nn.BatchNorm2d)
+    assert (generator.bn.num_features, generator.bn.affine) == (64, True)
+    assert isinstance(generator.ac, nn.LeakyReLU)
+    assert generator.ac.negative_slope == 0.01
+    check_convolution(generator.conv, 64, 3, 3, 1)
+    assert isinstance(generator.tanh, nn.Tanh)
+    assert generator.place_model is None
+
+
+def test_the_condition_network_is_what_the_reference_used(reference_generator: IterativeGenerator) -> None:
+    encoder = reference_generator.encoder
+    assert [name for name, _ in encoder.named_children()] == ["embedding", "gru", "norm"]
+    assert encoder.embedding.weight.shape == (24, 256)
+    assert (encoder.gru.input_size, encoder.gru.hidden_size) == (256, 256)
+    assert encoder.norm.normalized_shape == (256,)
+
+
+def test_the_previous_picture_becomes_512_channels_at_8x8(reference_generator: IterativeGenerator) -> None:
+    encoder = reference_generator.prev_encoder
+    assert isinstance(encoder, PreviousImageEncoder)
+    assert [(c.in_channels, c.out_channels) for c in encoder.convs] == [(3, 64), (64, 128), (128, 512)]
+    assert all((c.kernel_size, c.stride, c.bias) == ((4, 4), (2, 2), None) for c in encoder.convs)
+    assert [norm.num_features for norm in encoder.norms] == [64, 128, 512]
+
+
+@torch.no_grad()
+def test_the_generator_grows_the_maps_of_the_reference(reference_generator: IterativeGenerator) -> None:
+    z, condition, prev_image, _ = generator_input(reference_generator.config, 1)
+    with recording(reference_generator) as calls:
+        image = reference_generator(z, condition, prev_image)
+    assert image.shape == (1, 3, 64, 64)
+    assert calls["c_proj"][0][0][0] is condition
+    l0_input = calls["l0"][0][0][0]
+    assert torch.equal(l0_input[:, :100], z)
+    assert torch.equal(l0_input[:, 100:], calls["c_proj"][0][1])
+    for name, before, after in (
+        ("block1", (1, 1024, 4, 4), (1, 512, 8, 8)),
+        ("block2", (1, 1024, 8, 8), (1, 256, 16, 16)),
+        ("block3", (1, 256, 16, 16), (1, 128, 32, 32)),
+        ("block4", (1, 128, 32, 32), (1, 64, 64, 64)),
+    ):
+        ((inputs, output),) = calls[name]
+        assert (inputs[0].shape, output.shape) == (before, after), name
+        assert inputs[1] is condition
+    assert torch.equal(calls["block1"][0][0][0].flatten(1), calls["l0"][0][1])
+    joined, previous = calls["block2"][0][0][0], calls["prev_encoder"][0][1][-1]
+    assert previous.shape == (1, 512, 8, 8)
+    assert torch.equal(joined[:, :512], calls["block1"][0][1])
+    assert torch.equal(joined[:, 512:], previous)
+    order = [name for name in calls if name in ("bn", "ac", "conv", "tanh")]
+    assert order == ["bn", "ac", "conv", "tanh"]
+    assert torch.equal(calls["tanh"][0][1], image)
+
+
+def test_the_discriminator_has_the_modules_of_the_reference(reference_discriminator: DiffDiscriminator) -> None:
+    discriminator = reference_discriminator
+    widths = [3, 64, 128, 256, 512, 1024]
+    for i, (inputs, outputs) in enumerate(pairwise(widths), 1):
+        block = discriminator.get_submodule(f"block{i}")
+        assert isinstance(block, DisBlock)
+        assert {key for key, _ in block.named_children()} == {"c0", "c1", "c2"}
+        check_convolution(block.c0, inputs, outputs, 1, 0)
+        check_convolution(block.c1, inputs, outputs, 3, 1)
+        check_convolution(block.c2, outputs, outputs, 3, 1)
+    assert not hasattr(discriminator, "block6")
+    check_linear(discriminator.l6, 1024, 1)
+    assert isinstance(discriminator.condition_projector, ConditionProjector)
+    check_linear(discriminator.condition_projector.l1, 256, 1024)
+    check_linear(discriminator.condition_projector.l2, 1024, 1024)
+    first, relu, second = discriminator.aux_objective
+    check_linear(first, 1024, 256)
+    assert isinstance(relu, nn.ReLU)
+    check_linear(second, 256, 24)
+
+
+def test_every_weight_of_the_discriminator_has_spectral_norm(reference_discriminator: DiffDiscriminator) -> None:
+    layers = [m for m in reference_discriminator.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(layers) == 5 * 3 + 1 + 2 + 2
+    assert all(is_parametrized(layer, "weight") for layer in layers)
+    names = {name.rsplit(".", 1)[1] for name, _ in reference_discriminator.named_parameters()}
+    assert names == {"original", "bias"}  # and no weight beside them
+
+
+@torch.no_grad()
+def test_the_discriminator_subtracts_after_its_third_block(reference_discriminator: DiffDiscriminator) -> None:
+    prev_image, image, condition, _ = discriminator_input(reference_discriminator.config, 1)
+    with recording(reference_discriminator) as calls:
+        output = reference_discriminator(prev_image, image, condition)
+    assert (output.logits.shape, output.object_logits.shape) == ((1,), (1, 24))
+    shapes = {f"block{i}": tuple(calls[f"block{i}"][0][1].shape[1:]) for i in range(1, 6)}
+    assert shapes == {
+        "block1": (64, 32, 32),
+        "block2": (128, 16, 16),
+        "block3": (256, 8, 8),
+        "block4": (512, 4, 4),
+        "block5": (1024, 2, 2),
+    }
+    assert torch.equal(calls["block1"][0][0][0], torch.cat((prev_image, image)))
+    before, after = calls["block3"][0][1]
+    assert torch.equal(calls["block4"][0][0][0], (after - before)[None])
+
+
+# Equality with the plain versions
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("config", GENERATORS[:4], ids=config_name)
+@torch.no_grad()
+def test_a_turn_equals_the_plain_version(config: GeneratorConfig, training: bool) -> None:
+    generator = randomise(IterativeGenerator(config)).double().train(training)
+    arguments = generator_input(config, dtype=torch.float64)
+    expected = reference.generate_turn(generator, *arguments)
+    torch.testing.assert_close(generator(*arguments), expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("config", DISCRIMINATORS[:3], ids=config_name)
+@torch.no_grad()
+def test_a_judgement_equals_the_plain_version(config: DiscriminatorConfig, training: bool) -> None:
+    discriminator = randomise(DiffDiscriminator(config)).double().train(training)
+    arguments = discriminator_input(config, dtype=torch.float64)
+    output = discriminator(*arguments)
+    logits, object_logits = reference.discriminate(discriminator, *arguments)  # after it: the vectors it left behind
+    torch.testing.assert_close(output.logits, logits, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(output.object_logits, object_logits, atol=1e-9, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_place_logits_equal_the_plain_version() -> None:
+    model = randomise(PlaceModel(32, 5, channels=4)).double()
+    image = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    condition = torch.randn(2, 5, dtype=torch.float64)
+    torch.testing.assert_close(model(image, condition), reference.place_logits(model, image, condition))
+
+
+# The condition network
+
+
+def test_the_order_of_the_objects_in_a_turn_does_not_matter_and_that_of_turns_does() -> None:
+    rnn = randomise(ConditionRNN(24, 8)).double()
+    vocabulary_order = encode_objects(["red cube", "cyan sphere"]).sum(0, keepdim=True)
+    other_order = encode_objects(["cyan sphere", "red cube"]).sum(0, keepdim=True)
+    condition, hidden = rnn(vocabulary_order)
+    assert torch.equal(rnn(other_order)[0], condition)
+    (expected,), last = reference.condition_rnn(rnn, [{1, 14}])
+    torch.testing.assert_close(condition[0], expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(hidden[0], last, atol=1e-12, rtol=0)
+    first, second = encode_objects(["red cube"]), encode_objects(["cyan sphere"])
+    assert not torch.allclose(rnn(first, rnn(second)[1])[0], rnn(second, rnn(first)[1])[0])
+
+
+def test_the_condition_is_normalised_and_the_hidden_state_goes_on_without() -> None:
+    condition, hidden = ConditionRNN(24, 64)(torch.eye(24))
+    torch.testing.assert_close(condition.mean(1), torch.zeros(24), atol=1e-5, rtol=0)
+    torch.testing.assert_close(condition.var(1, correction=0), torch.ones(24), atol=1e-2, rtol=0)
+    assert hidden.abs().max() < 1
+    assert not torch.allclose(condition, hidden, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("objects", "hidden", "message"),
+    [
+        (torch.zeros(2, 23), None, r"objects must be \(N, 24\), got \(2, 23\)"),
+        (torch.zeros(24), None, r"objects must be \(N, 24\), got \(24,\)"),
+        (torch.zeros(2, 3, 24), None, r"objects must be \(N, 24\), got \(2, 3, 24\)"),
+        (torch.zeros(2, 24), torch.zeros(1, 8), r"hidden must be \(2, 8\), got \(1, 8\)"),
+        (torch.zeros(2, 24), torch.zeros(2, 9), r"hidden must be \(2, 8\), got \(2, 9\)"),
+    ],
+)
+def test_the_condition_network_names_bad_input(objects: Tensor, hidden: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConditionRNN(24, 8)(objects, hidden)
+
+
+# Every generator
+
+
+@every_generator
+@torch.no_grad()
+def test_generators_of_all_kinds_draw_in_range_and_alike_alone_and_in_a_batch(config: GeneratorConfig) -> None:
+    generator = randomise(IterativeGenerator(config))
+    arguments = generator_input(config)
+    image = generator(*arguments)
+    assert image.shape == (2, 3, config.image_size, config.image_size)
+    assert image.dtype == torch.float32
+    assert image.std() > 0.01
+    assert image.abs().max() <= 1
+    assert (generator.image_size, generator.z_dim) == (config.image_size, config.z_dim)
+    assert generator.num_turns == config.num_turns
+    assert generator.vocabulary.names == config.objects
+    assert generator.encoder(torch.eye(len(config.objects)))[0].shape == (len(config.objects), config.condition_dim)
+    assert generator.canvas.components.shape == (config.light_components, 3, config.image_size, config.image_size)
+    for i in range(2):
+        torch.testing.assert_close(generator(*item(arguments, i)), image[i : i + 1], atol=1e-4, rtol=0)
+
+
+@every_generator
+@torch.no_grad()
+def test_every_input_of_a_generator_makes_a_difference(config: GeneratorConfig) -> None:
+    generator = randomise(IterativeGenerator(config))
+    arguments = generator_input(config)
+    image = generator(*arguments)
+    for i, argument in enumerate(arguments):
+        if argument is not None:
+            changed = (*arguments[:i], argument.flip(0), *arguments[i + 1 :])
+            assert (generator(*changed) - image).abs().max() > 1e-4, i
+
+
+@every_generator
+def test_every_parameter_of_a_generator_gets_a_finite_gradient(config: GeneratorConfig) -> None:
+    generator = randomise(IterativeGenerator(config)).train()
+    z, _, prev_image, place = generator_input(config)
+    prev_image.requires_grad_()
+    condition, hidden = generator.encoder(torch.eye(len(config.objects))[:2])
+    condition, _ = generator.encoder(torch.eye(len(config.objects))[-2:], hidden)
+    loss = generator(z, condition, prev_image, place).square().sum()
+    if generator.place_model is not None:
+        loss = loss + generator.place_model.loss(prev_image, condition, place).sum()
+    loss.backward()
+    for name, parameter in (*generator.named_parameters(), ("prev_image", prev_image)):
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert name.endswith("bias") or parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+@torch.no_grad()
+def test_blended_generators_see_the_previous_picture_at_every_resolution(size: int) -> None:
+    config = GeneratorConfig(image_size=size, width=2, z_dim=2, condition_dim=3, output="blend", places=True)
+    generator = IterativeGenerator(config).eval()
+    with recording(generator) as calls:
+        generator(*generator_input(config))
+    features = calls["prev_encoder"][0][1]
+    assert [tuple(f.shape[2:]) for f in features] == [(s, s) for s in (64, 32, 16, 8) if s < size]
+    for i, feature in enumerate(reversed(features), 2):
+        assert torch.equal(calls[f"block{i}"][0][0][0][:, -feature.shape[1] :], feature)
+    assert calls["prev_encoder"][0][0][0].shape[1] == 4  # the picture and the place
+    assert torch.equal(calls["conv"][0][0][0][:, -4:], calls["prev_encoder"][0][0][0])
+
+
+@torch.no_grad()
+def test_where_the_mask_is_shut_the_previous_picture_stays_bit_for_bit() -> None:
+    config = GENERATORS[2]
+    generator = randomise(IterativeGenerator(config))
+    arguments = generator_input(config)
+    assert not torch.equal(generator(*arguments), arguments[2])
+    generator.conv.bias[3] = -1000.0
+    assert torch.equal(generator(*arguments), arguments[2])
+    generator.conv.bias[3] = 1000.0
+    generator.conv.bias[:3] = torch.tensor([1000.0, -1000.0, 1000.0])
+    expected = torch.tensor([1.0, -1.0, 1.0])[:, None, None].expand_as(arguments[2])
+    assert torch.equal(generator(*arguments), expected)
+
+
+@torch.no_grad()
+def test_a_fresh_blended_generator_keeps_most_of_the_previous_picture() -> None:
+    config = GENERATORS[1]
+    torch.manual_seed(0)
+    generator = IterativeGenerator(config).eval()
+    arguments = generator_input(config)
+    assert generator.conv.bias[3] == -2
+    drawn = generator(*arguments)
+    assert (drawn - arguments[2]).abs().mean() < 0.25
+
+
+@pytest.mark.parametrize("config", [GENERATORS[0], GENERATORS[2]], ids=config_name)
+@torch.no_grad()
+def test_a_generator_in_bfloat16_draws_on_a_finer_picture_and_keeps_its_dtype(config: GeneratorConfig) -> None:
+    generator = randomise(IterativeGenerator(config))
+    z, condition, prev_image, place = generator_input(config)
+    expected = generator(z, condition, prev_image, place)
+    generator.to(torch.bfloat16)
+    z, condition = z.bfloat16(), condition.bfloat16()
+    image = generator(z, condition, prev_image, place)
+    assert image.dtype == torch.float32
+    assert (image - expected).abs().mean() < 0.05
+    assert generator(z, condition, prev_image.bfloat16(), place).dtype == torch.bfloat16
+    if config.output == "blend":
+        generator.conv.bias[3] = -1000.0
+        assert torch.equal(generator(z, condition, prev_image, place), prev_image)  # not rounded to bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"z": torch.zeros(2, 6)}, r"z must be \(2, 7\), got \(2, 6\)"),
+        ({"z": torch.zeros(1, 7)}, r"z must be \(2, 7\), got \(1, 7\)"),
+        ({"condition": torch.zeros(2, 24)}, r"condition must be \(2, 256\), got \(2, 24\)"),
+        ({"prev_image": torch.zeros(2, 3, 32, 32)}, r"prev_image must be \(N, 3, 64, 64\), got \(2, 3, 32, 32\)"),
+        ({"prev_image": torch.zeros(3, 64, 64)}, r"prev_image must be \(N, 3, 64, 64\), got \(3, 64, 64\)"),
+        ({"place": None}, r"place must be \(2, 2\) pixels \(x, y\), got None"),
+        ({"place": torch.zeros(2)}, r"place must be \(2, 2\) pixels \(x, y\), got \(2,\)"),
+    ],
+)
+def test_the_generator_names_bad_input(change: dict[str, Any], message: str) -> None:
+    generator = IterativeGenerator(GENERATORS[2]).eval()
+    arguments = dict(zip(("z", "condition", "prev_image", "place"), generator_input(GENERATORS[2]), strict=True))
+    with pytest.raises(ValueError, match=message):
+        generator(**(arguments | change))
+
+
+def test_models_without_places_refuse_one() -> None:
+    generator, discriminator = IterativeGenerator(GENERATORS[0]), DiffDiscriminator(DISCRIMINATORS[0])
+    with pytest.raises(ValueError, match="this model does not know places"):
+        generator(*generator_input(GENERATORS[0])[:3], torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="this model does not know places"):
+        discriminator(*discriminator_input(DISCRIMINATORS[0])[:3], torch.zeros(2, 2))
+
+
+# Every discriminator
+
+
+@every_discriminator
+@torch.no_grad()
+def test_discriminators_of_all_kinds_judge_alike_alone_and_in_a_batch(config: DiscriminatorConfig) -> None:
+    discriminator = randomise(DiffDiscriminator(config))
+    arguments = discriminator_input(config)
+    logits, object_logits = discriminator(*arguments)
+    assert logits.shape == (2,)
+    assert object_logits.shape == (2, len(config.objects))
+    for i in range(2):
+        alone = discriminator(*item(arguments, i))
+        torch.testing.assert_close(alone.logits, logits[i : i + 1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(alone.object_logits, object_logits[i : i + 1], atol=1e-4, rtol=1e-4)
+
+
+@every_discriminator
+def test_every_parameter_of_a_discriminator_gets_a_finite_gradient(config: DiscriminatorConfig) -> None:
+    discriminator = DiffDiscriminator(config).train()
+    arguments = discriminator_input(config)
+    image = arguments[1].requires_grad_()
+    output = discriminator(*arguments)
+    (slope,) = torch.autograd.grad(output.logits.sum(), image, create_graph=True)
+    (output.logits.sum() + output.object_logits.square().sum() + slope.square().sum()).backward()
+    for name, parameter in (*discriminator.named_parameters(), ("image", image)):
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert name.endswith("bias") or parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("spectral", [True, False])
+def test_spectral_norm_is_everywhere_or_nowhere(spectral: bool) -> None:
+    discriminator = DiffDiscriminator(DiscriminatorConfig(width=4, spectral_norm=spectral))
+    layers = [m for m in discriminator.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert all(is_parametrized(layer) == spectral for layer in layers)
+
+
+@every_discriminator
+@torch.no_grad()
+def test_nothing_but_zeros_is_left_where_nothing_changed(config: DiscriminatorConfig) -> None:
+    discriminator = randomise(DiffDiscriminator(config))
+    prev_image, image, condition, place = discriminator_input(config)
+    condition, place = condition[:1].expand(2, -1), None if place is None else place[:1].expand(2, -1)
+    with recording(discriminator) as calls:
+        same = discriminator(prev_image, prev_image, condition, place)
+    assert (calls["block4"][0][0][0] == 0).all()
+    torch.testing.assert_close(same.logits[0], same.logits[1])  # whatever the picture
+    assert torch.equal(same.object_logits[0], same.object_logits[1])
+    changed = discriminator(prev_image, image, condition, place)
+    assert (changed.logits - same.logits).abs().min() > 1e-4
+
+
+@torch.no_grad()
+def test_the_difference_is_local() -> None:
+    config = DISCRIMINATORS[0]
+    discriminator = randomise(DiffDiscriminator(config))
+    prev_image, _, condition, _ = discriminator_input(config)
+    image = prev_image.clone()
+    image[:, :, :8, :8] *= -1
+    with recording(discriminator) as calls:
+        discriminator(prev_image, image, condition)
+    difference = calls["block4"][0][0][0]  # (2, 4 width, 8, 8), three blocks of reach 6 or so pixels at their own scale
+    assert (difference[:, :, 0, 0] != 0).any()
+    assert (difference[:, :, 5:, 5:] == 0).all()
+
+
+@pytest.mark.parametrize("config", [DISCRIMINATORS[0], DISCRIMINATORS[3]], ids=config_name)
+@torch.no_grad()
+def test_comparing_several_pictures_equals_judging_each(config: DiscriminatorConfig) -> None:
+    discriminator = randomise(DiffDiscriminator(config))
+    prev_image, image, condition, place = discriminator_input(config)
+    images = [image, image.flip(3), prev_image]
+    outputs = discriminator.compare(prev_image, images, condition, place)
+    assert len(outputs) == 3
+    for output, picture in zip(outputs, images, strict=True):
+        alone = discriminator(prev_image, picture, condition, place)
+        torch.testing.assert_close(output.logits, alone.logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(output.object_logits, alone.object_logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(outputs[0].logits, outputs[1].logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_the_discriminator_keeps_the_dtype(dtype: torch.dtype) -> None:
+    discriminator = randomise(DiffDiscriminator(DISCRIMINATORS[1])).to(dtype)
+    output = discriminator(*discriminator_input(DISCRIMINATORS[1], dtype=dtype))
+    assert output.logits.dtype == output.object_logits.dtype == dtype
+    assert output.logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prev_image": torch.zeros(2, 3, 32, 32)}, r"prev_image must be \(2, 3, 64, 64\), got \(2, 3, 32, 32\)"),
+        ({"image": torch.zeros(2, 3, 32, 32)}, r"image must be \(2, 3, 64, 64\), got \(2, 3, 32, 32\)"),
+        ({"image": torch.zeros(1, 3, 64, 64)}, r"image must be \(2, 3, 64, 64\), got \(1, 3, 64, 64\)"),
+        ({"image": torch.zeros(3, 64, 64)}, r"image must be \(2, 3, 64, 64\), got \(3, 64, 64\)"),
+        ({"condition": torch.zeros(2, 24)}, r"condition must be \(2, 12\), got \(2, 24\)"),
+        ({"condition": torch.zeros(1, 12)}, r"condition must be \(2, 12\), got \(1, 12\)"),
+        ({"place": None}, r"place must be \(2, 2\) pixels \(x, y\), got None"),
+        ({"place": torch.zeros(1, 2)}, r"place must be \(2, 2\) pixels \(x, y\), got \(1, 2\)"),
+    ],
+)
+def test_the_discriminator_names_bad_input(change: dict[str, Any], message: str) -> None:
+    discriminator = DiffDiscriminator(DISCRIMINATORS[1]).eval()
+    names = ("prev_image", "image", "condition", "place")
+    arguments = dict(zip(names, discriminator_input(DISCRIMINATORS[1]), strict=True))
+    with pytest.raises(ValueError, match=message):
+        discriminator(**(arguments | change))
+
+
+def test_there_must_be_a_picture_to_compare() -> None:
+    prev_image, _, condition, _ = discriminator_input(DISCRIMINATORS[0])
+    with pytest.raises(ValueError, match="images is empty"):
+        DiffDiscriminator(DISCRIMINATORS[0]).compare(prev_image, [], condition)
+
+
+# Places
+
+
+def peaked_place_model(size: int = 32) -> PlaceModel:
+    """Its logits are its prior: four cells of probability 1/2, 1/4, 1/8, 1/8 and nothing elsewhere."""
+    model = PlaceModel(size, 5, channels=2).eval()
+    with torch.no_grad():
+        nn.init.zeros_(model.conv5.weight)
+        nn.init.zeros_(model.conv5.bias)
+        model.prior.fill_(-math.inf)
+        for (row, column), probability in PEAKS.items():
+            model.prior[row, column] = math.log(probability) + 3.0  # a softmax does not see what all have in common
+    return model
+
+
+PEAKS = {(0, 0): 0.5, (3, 11): 0.25, (10, 2): 0.125, (15, 15): 0.125}  # (row, column) of cells of 2x2 pixels
+
+
+def test_the_loss_of_known_logits_is_the_logarithm_of_the_cells_probability() -> None:
+    model = peaked_place_model()
+    places = torch.tensor([[0.0, 0.0], [1.99, 1.0], [22.0, 6.0], [23.9, 7.9], [4.0, 20.0], [31.0, 31.0], [22.0, 8.0]])
+    n = len(places)
+    losses = model.loss(torch.zeros(n, 3, 32, 32), torch.zeros(n, 5), places)
+    expected = torch.tensor([2, 2, 4, 4, 8, 8, math.inf]).log()
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
+    fresh = PlaceModel(32, 5).loss(torch.zeros(1, 3, 32, 32), torch.zeros(1, 5), torch.tensor([[3.0, 9.0]]))
+    assert 0.5 * math.log(256) < fresh.item() < 2 * math.log(256)
+
+
+@torch.no_grad()
+def test_places_are_drawn_as_often_as_their_cells_are_probable() -> None:
+    n = 4000
+    uniform = torch.rand(n, 3, generator=torch.Generator().manual_seed(0))
+    places = peaked_place_model().sample(torch.zeros(n, 3, 32, 32), torch.zeros(n, 5), uniform)
+    columns, rows = (places / 2).long().unbind(1)
+    chi_square = 0.0
+    for (row, column), probability in PEAKS.items():
+        here = places[(rows == row) & (columns == column)]
+        chi_square += (len(here) - n * probability) ** 2 / (n * probability)
+        if (row, column) != (15, 15):  # whose far side is not in the picture
+            corner = torch.tensor([column, row]) * 2
+            torch.testing.assert_close((here - corner).mean(0), torch.ones(2), atol=0.1, rtol=0)
+            torch.testing.assert_close((here - corner).std(0), torch.full((2,), 3**-0.5), atol=0.05, rtol=0)
+    assert chi_square < 16.3  # three degrees of freedom: exceeded once in a thousand
+    assert sum(int(((rows == r) & (columns == c)).sum()) for r, c in PEAKS) == n
+    assert ((places >= 0) & (places <= 31)).all()  # where `at=` may ask for it
+
+
+@torch.no_grad()
+def test_the_extremes_of_the_uniform_numbers_stay_in_cells_that_can_be() -> None:
+    model = peaked_place_model()
+    model.prior[0, 0] = -math.inf
+    almost_one = 1 - 2.0**-24
+    uniform = torch.tensor([[0.0, 0.0, 0.0], [almost_one] * 3])
+    places = model.sample(torch.zeros(2, 3, 32, 32), torch.zeros(2, 5), uniform)
+    assert places.tolist() == [[22.0, 6.0], [31.0, 31.0]]
+
+
+@torch.no_grad()
+def test_a_drawn_place_depends_on_its_own_picture_condition_and_numbers() -> None:
+    model = randomise(PlaceModel(32, 5))
+    rng = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 3, 32, 32, generator=rng) * 2 - 1
+    condition, uniform = torch.randn(3, 5, generator=rng), torch.rand(3, 3, generator=rng)
+    places = model.sample(image, condition, uniform)
+    for i in range(3):
+        alone = model.sample(image[i : i + 1], condition[i : i + 1], uniform[i : i + 1])
+        torch.testing.assert_close(alone, places[i : i + 1], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_what_is_drawn_most_often_is_what_the_loss_likes_best() -> None:
+    torch.manual_seed(0)
+    model = randomise(PlaceModel(32, 5))
+    nn.init.normal_(model.prior, std=3.0)
+    image, condition = torch.rand(1, 3, 32, 32).expand(500, -1, -1, -1), torch.randn(1, 5).expand(500, -1)
+    places = model.sample(image, condition, torch.rand(500, 3))
+    losses = model.loss(image, condition, places)
+    entropy = -(
+        model(image[:1], condition[:1]).flatten().softmax(0) * model(image[:1], condition[:1]).flatten().log_softmax(0)
+    )
+    assert abs(losses.mean() - entropy.sum()) < 4 * losses.std() / 500**0.5  # cross-entropy of a model with itself
+
+
+@pytest.mark.parametrize("bad", ["place", "uniform"])
+def test_the_place_model_names_bad_input(bad: str) -> None:
+    model = PlaceModel(32, 5)
+    image, condition = torch.zeros(2, 3, 32, 32), torch.zeros(2, 5)
+    with pytest.raises(ValueError, match=rf"{bad} must be \(2, [23]\), got \(1, 2\)"):
+        (model.loss if bad == "place" else model.sample)(image, condition, torch.zeros(1, 2))
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_size": 48}, r"image_size must be one of \(32, 64, 128\), got 48"),
+        ({"image_size": 64.0}, "image_size must be one of .* got 64.0"),
+        ({"width": 0}, "width must be a whole number of at least 1, got 0"),
+        ({"width": 2.5}, "width must be a whole number of at least 1, got 2.5"),
+        ({"width": True}, "width must be a whole number of at least 1, got True"),
+        ({"condition_dim": -1}, "condition_dim must be a whole number of at least 1, got -1"),
+        ({"z_dim": -1}, "z_dim must be a whole number of at least 0, got -1"),
+        ({"num_turns": 0}, "num_turns must be a whole number of at least 1, got 0"),
+        ({"light_components": -1}, "light_components must be a whole number of at least 0, got -1"),
+        ({"output": "sigmoid"}, "output must be 'tanh' or 'blend', got 'sigmoid'"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GeneratorConfig(**fields)
+    if set(fields) <= {"image_size", "width", "condition_dim"}:
+        with pytest.raises(ValueError, match=message):
+            DiscriminatorConfig(**fields)
+
+
+def test_a_vocabulary_with_repeats_is_refused() -> None:
+    with pytest.raises(ValueError, match="non-empty and unique"):
+        IterativeGenerator(GeneratorConfig(width=4, objects=("a", "a")))
+
+
+def test_configs_are_frozen_and_compare_by_value() -> None:
+    config = GeneratorConfig(width=4)
+    with pytest.raises(AttributeError):
+        config.width = 8  # type: ignore[misc]
+    assert config == GeneratorConfig(width=4) != GeneratorConfig()
+    assert DiscriminatorConfig() == DiscriminatorConfig(spectral_norm=True)
+
+
+def test_the_defaults_agree_between_the_networks() -> None:
+    generator, discriminator = GeneratorConfig(), DiscriminatorConfig()
+    for name in ("image_size", "width", "condition_dim", "objects", "places"):
+        assert getattr(generator, name) == getattr(discriminator, name), name
+
+
+# Copies
+
+
+@pytest.mark.parametrize("kind", ["generator", "discriminator"])
+@torch.no_grad()
+def test_a_deep_copy_does_the_same_and_shares_nothing(kind: str) -> None:
+    if kind == "generator":
+        model, arguments = randomise(IterativeGenerator(GENERATORS[2])), generator_input(GENERATORS[2])
+    else:
+        model, arguments = randomise(DiffDiscriminator(DISCRIMINATORS[1])), discriminator_input(DISCRIMINATORS[1])
+    twin = copy.deepcopy(model)
+    output, twin_output = model(*arguments), twin(*arguments)
+    torch.testing.assert_close(twin_output, output, atol=0, rtol=0)
+    randomise(twin, seed=1)
+    torch.testing.assert_close(model(*arguments), output, atol=0, rtol=0)
