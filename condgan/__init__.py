@@ -1,7 +1,6 @@
 """Draw i-CLEVR scenes one object at a time: small generators with pretrained weights inside the package."""
 
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
-from condgan.drawing import Drawing, Turn
 from condgan.hub import CheckpointError, list_pretrained
 from condgan.models import (
     DiffDiscriminator,
@@ -9,6 +8,7 @@ from condgan.models import (
     GeneratorConfig,
     IterativeGenerator,
 )
+from condgan.results import Drawing, Turn
 from condgan.vocab import Vocabulary
 
 __version__ = "0.1.0"

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from condgan.functional import evaluating
 from condgan.hub import CheckpointError, PretrainedModel
 from condgan.vocab import ICLEVR_OBJECTS
 
@@ -108,13 +109,9 @@ class SceneClassifier(PretrainedModel):
         """
         if not images.is_floating_point():
             raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
-        training = self.training
-        self.eval()
         weight = self.fc.weight
-        try:
+        with evaluating(self):
             chunks = [self(chunk.to(weight.device, weight.dtype)) for chunk in images.split(batch_size)]
-        finally:
-            self.train(training)
         return torch.cat(chunks).float().sigmoid()
 
     @classmethod

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, get_args, get_origin,
 from condgan import __version__
 
 if TYPE_CHECKING:
-    from condgan.drawing import Drawing, Place
+    from condgan.requests import Place
+    from condgan.results import Drawing
     from condgan.training import TrainConfig
 
 EXIT_FAILED = 1
@@ -95,7 +96,7 @@ def _add(args: argparse.Namespace) -> Report:
 
 def _save(drawing: Drawing, args: argparse.Namespace) -> Report:
     """Write what was drawn, as pictures or as a sheet."""
-    from condgan.drawing import save_image
+    from condgan.results import save_image
 
     verified = drawing.verify() if args.verify else None
     pictures = [drawing.metadata(i) for i in range(len(drawing.seeds))]
@@ -126,7 +127,7 @@ def _info(args: argparse.Namespace) -> Report:
     from condgan.models import DiffDiscriminator, IterativeGenerator
 
     name = str(args.model or IterativeGenerator.default_pretrained)
-    folder = hub._local_folder(name) or hub._download(name, None, None, None, local_files_only=False)
+    folder = hub.find_checkpoint(name)
     classes = {cls.__name__: cls for cls in (IterativeGenerator, DiffDiscriminator, SceneClassifier)}
     model = classes.get(_model_type(folder / hub.CONFIG_NAME), IterativeGenerator).from_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -192,7 +193,8 @@ def _prepare(args: argparse.Namespace) -> Report:
 
 
 def _train(args: argparse.Namespace) -> Report:
-    from condgan.training import PRESETS, train
+    from condgan.runs import train
+    from condgan.training import PRESETS
 
     if args.preset not in PRESETS:
         known = f"{_did_you_mean(args.preset, PRESETS)} The presets are {', '.join(PRESETS)}."

@@ -89,6 +89,8 @@ def read_conditions(path: str | Path, vocabulary: Vocabulary | None = None) -> l
         DatasetError: the file is missing, malformed or empty, or a list in it is empty or holds an unknown name.
     """
     path = Path(path)
+    if not path.is_file():
+        raise DatasetError(f"conditions: there is no file {str(path)!r}; it should be a list of lists, as test.json is")
     content = read_json(path)
     if not isinstance(content, (list, dict)) or not content:
         raise DatasetError(f'{path}: expected a list of lists of names such as [["red cube"]], got {content!r:.80}')

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import operator
-import os
-import reprlib
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from condgan import images as pictures
 from condgan.canvas import Canvas
-from condgan.classifier import SceneClassifier
-from condgan.functional import ConditionEncoder, encode_objects, roll_conditions
-from condgan.vocab import Vocabulary
+from condgan.functional import ConditionEncoder, encode_objects, evaluating, roll_conditions
+from condgan.requests import MAX_SEED, AskedModel, Place, parse_request, parse_seed, parse_whole
+from condgan.results import Drawing, Turn, exact_probability, target_objects
 
-Place = tuple[float, float]
-MAX_SEED = 2**63 - 1
 CPU_BATCH, GPU_BATCH = 1, 256
 """Pictures that pass the network at once on a CPU and on a GPU."""
 CANDIDATE_STRIDE = 2**32
 """Distance between the seeds of the candidates of one picture in best-of-n."""
-VERIFIER_SIZE = 64
-"""Side of the pictures that the verifier was trained on, in pixels."""
 
 
 class PlaceSampler(Protocol):
@@ -44,17 +27,11 @@ class PlaceSampler(Protocol):
     def sample(self, image: Tensor, condition: Tensor, uniform: Tensor) -> Tensor: ...
 
 
-class SceneModel(Protocol):
+class SceneModel(AskedModel, Protocol):
     """What drawing needs of a model; :class:`condgan.IterativeGenerator` is one."""
 
     @property
-    def image_size(self) -> int: ...
-    @property
     def z_dim(self) -> int: ...
-    @property
-    def num_turns(self) -> int: ...
-    @property
-    def vocabulary(self) -> Vocabulary: ...
     @property
     def encoder(self) -> ConditionEncoder: ...
     @property
@@ -203,324 +180,6 @@ def iterate_turns(
         yield image.cpu(), None if place is None else place.cpu().masked_fill(~present[:, None], math.nan)
 
 
-class Switchable(Protocol):
-    """What :func:`evaluating` needs; every ``nn.Module`` is one."""
-
-    def modules(self) -> Iterator[nn.Module]: ...
-    def train(self, mode: bool = True) -> object: ...
-
-
-@contextmanager
-def evaluating(module: Switchable) -> Iterator[None]:
-    """Eval mode inside the block; after it every submodule is in the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.train(False)
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-class Found(NamedTuple):
-    """What the verifier says of one object in one picture."""
-
-    found: bool
-    """Whether it is there: the probability is above one half."""
-    probability: float
-    """In [0, 1]."""
-
-
-@dataclass(frozen=True, eq=False)
-class Drawing:
-    """What ``generate`` and ``add`` return: N pictures and how they came about. Shows itself in notebooks."""
-
-    conditions: list[list[str]]
-    """For each picture the objects that it was asked to add, in order."""
-    seeds: list[int]
-    """For each picture the seed that draws it again."""
-    places: list[list[Place]] | None
-    """For each picture where each object was put, in pixels (x, y); None if the model does not know places."""
-    trajectory: Tensor
-    """(N, T + 1, 3, H, W) float32 in [-1, 1]: the canvas, then the picture after each turn."""
-    scores: list[float] | None = None
-    """With ``best_of``: the verifier's probability that exactly the asked objects are in the picture; those that it saw
-    in the picture that ``add`` was given are asked, too."""
-
-    @property
-    def tensor(self) -> Tensor:
-        """The final pictures, (N, 3, H, W) float32 in [-1, 1]."""
-        return self.trajectory[:, -1]
-
-    @property
-    def image(self) -> Image.Image:
-        """The first picture."""
-        return pictures.to_pil(self.tensor[0])
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """All pictures, after their final turn."""
-        return [pictures.to_pil(image) for image in self.tensor]
-
-    @property
-    def turns(self) -> list[list[Image.Image]]:
-        """For each picture the pictures after each of its turns; the last one is the final picture."""
-        return [
-            [pictures.to_pil(image) for image in images[1 : len(scene) + 1]]
-            for images, scene in zip(self.trajectory, self.conditions, strict=True)
-        ]
-
-    def grid(self, columns: int | None = None, turns: bool = False) -> Image.Image:
-        """All pictures on one sheet.
-
-        Args:
-            columns: pictures a row; None is a roughly square sheet.
-            turns: one row a picture instead, the canvas and every turn side by side.
-        """
-        if turns:
-            images = [pictures.to_pil(image) for row in self.trajectory for image in row]
-            return pictures.grid(images, self.trajectory.shape[1])
-        return pictures.grid(self.images, math.ceil(len(self.seeds) ** 0.5) if columns is None else columns)
-
-    def metadata(self, index: int) -> dict[str, object]:
-        """How to draw picture ``index`` again: conditions, seed and places."""
-        return {
-            "conditions": self.conditions[index],
-            "seed": self.seeds[index],
-            "places": None if self.places is None else self.places[index],
-        }
-
-    def save(self, path: str | os.PathLike[str], index: int | None = None) -> list[Path]:
-        """Write the pictures; a PNG file carries conditions, seed and places as JSON in its text field ``condgan``.
-
-        Args:
-            path: file name whose ending says the format. Several pictures become ``name-0.png``, ``name-1.png``, ...
-            index: write this picture only, under ``path`` itself.
-
-        Returns:
-            The files written, each whole or not at all.
-
-        Raises:
-            OSError: the folder is not there or cannot be written.
-            ValueError: the ending of ``path`` is not that of a picture format that can be written.
-        """
-        path = Path(path)
-        if index is None and len(self.seeds) > 1:
-            files = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(len(self.seeds))]
-            for i, file in enumerate(files):
-                self.save(file, i)
-            return files
-        index = index or 0
-        save_image(pictures.to_pil(self.tensor[index]), path, self.metadata(index))
-        return [path]
-
-    def verify(self) -> list[dict[str, Found]]:
-        """Ask the bundled verifier which of the asked objects it finds.
-
-        Returns:
-            For each picture the asked objects, by name, each with :class:`Found`.
-
-        Raises:
-            ValueError: the verifier does not know an object of the model's own vocabulary.
-        """
-        asked = _verifier_objects(self.conditions)
-        return [
-            {name: Found(p[i] > 0.5, p[i]) for name, i in zip(scene, objects, strict=True)}
-            for scene, objects, p in zip(self.conditions, asked, _seen_objects(self.tensor).tolist(), strict=True)
-        ]
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.grid().save(buffer, "PNG")
-        return buffer.getvalue()
-
-    def __repr__(self) -> str:
-        n, _, _, height, width = self.trajectory.shape
-        scenes = ", ".join(f"{scene} seed {seed}" for scene, seed in zip(self.conditions[:3], self.seeds, strict=False))
-        return f"Drawing({n} x {width}x{height}: {scenes}{', ...' if n > 3 else ''})"
-
-
-@dataclass(frozen=True, eq=False)
-class Turn:
-    """One step of ``stream``."""
-
-    tensor: Tensor
-    """(3, H, W) float32 in [-1, 1]: the picture after this turn."""
-    previous: Tensor
-    """(3, H, W) float32 in [-1, 1]: the picture before it."""
-    added: str
-    """The object that this turn added."""
-    place: Place | None
-    """Where it was put, in pixels (x, y); None if the model does not know places."""
-    seed: int
-    """The seed that draws the scene again."""
-
-    @property
-    def image(self) -> Image.Image:
-        """The picture after this turn."""
-        return pictures.to_pil(self.tensor)
-
-    @property
-    def difference(self) -> Image.Image:
-        """What changed: half the signed difference to the picture before, mid-gray where nothing did."""
-        return pictures.to_pil((self.tensor - self.previous) / 2)
-
-
-def save_image(image: Image.Image, path: Path, metadata: dict[str, object]) -> None:
-    """Write a picture under a temporary name, then rename it; PNG text field ``condgan`` holds ``metadata`` as JSON."""
-    picture_format = Image.registered_extensions().get(path.suffix.lower())
-    if picture_format not in Image.SAVE:
-        raise ValueError(f"path must end like a picture file, such as scene.png, got {str(path)!r}")
-    text = PngInfo()
-    text.add_text("condgan", json.dumps(metadata))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        image.save(partial, picture_format, **({"pnginfo": text} if picture_format == "PNG" else {}))
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is of a format that cannot hold this picture: {error}") from error
-    finally:
-        with suppress(OSError):  # it is there only if writing failed
-            partial.unlink()
-
-
-@lru_cache(maxsize=1)
-def _verifier() -> SceneClassifier:
-    return SceneClassifier.from_pretrained("verifier")
-
-
-def _seen_objects(images: Tensor) -> Tensor:
-    """The verifier's probability (N, K) of every object in pictures (N, 3, H, W) of any size, float64 on the CPU."""
-    return _verifier().probabilities(pictures.resize(images, VERIFIER_SIZE)).double().cpu()
-
-
-def _verifier_objects(scenes: Sequence[Sequence[str]]) -> list[list[int]]:
-    """The verifier's ids of the objects of every scene."""
-    vocabulary = Vocabulary(_verifier().config.objects)
-    try:
-        return [[vocabulary.parse(name) for name in scene] for scene in scenes]
-    except ValueError as error:
-        raise ValueError(f"the bundled verifier, which knows i-CLEVR's objects, cannot help here: {error}") from error
-
-
-def parse_scenes(conditions: object, vocabulary: Vocabulary) -> list[list[str]]:
-    """Whatever a user may call conditions, as a list of scenes of canonical names.
-
-    Raises:
-        TypeError: it is not a name, a list of names, or a list of such lists.
-        ValueError: a list is empty or a name is unknown.
-    """
-    if isinstance(conditions, str):
-        conditions = [conditions]
-    if not isinstance(conditions, (list, tuple)):
-        raise TypeError(
-            'conditions must be a list of objects such as ["red cube"], or a list of such lists, '
-            f"got {reprlib.repr(conditions)} ({type(conditions).__name__})"
-        )
-    if len(conditions) == 0:
-        raise ValueError('conditions is empty: name at least one object, such as ["red cube"]')
-    nested = [isinstance(item, (list, tuple)) for item in conditions]
-    if any(nested) and not all(nested):
-        raise TypeError(
-            f"conditions mixes names and lists of names: {reprlib.repr(conditions)}; make every scene a list"
-        )
-    scenes = conditions if all(nested) else [conditions]
-    for i, scene in enumerate(scenes):
-        if len(scene) == 0:
-            raise ValueError(f"conditions[{i}] is empty: name at least one object in every scene")
-    return [[vocabulary.names[vocabulary.parse(name)] for name in scene] for scene in scenes]
-
-
-def parse_places(at: object, scenes: list[list[str]], batched: bool, image_size: int) -> list[list[Place | None]]:
-    """``at=`` as one list of places for each scene, checked.
-
-    Raises:
-        ValueError: a place is not two finite numbers inside the picture, or there is not one entry an object.
-    """
-    example = "one entry an object, each None or (x, y), such as at=[None, (45, 30)]"
-    per_scene = at if batched else [at]
-    if not isinstance(per_scene, (list, tuple)) or len(per_scene) != len(scenes):
-        raise ValueError(f"at needs one list a scene and {example}; got {at!r} for {len(scenes)} scenes")
-    result: list[list[Place | None]] = []
-    for scene, entries in zip(scenes, per_scene, strict=True):
-        if entries is None:
-            entries = [None] * len(scene)
-        if not isinstance(entries, (list, tuple)) or len(entries) != len(scene):
-            raise ValueError(f"at needs {example}; got {entries!r} for the objects {scene}")
-        row: list[Place | None] = []
-        for entry in entries:
-            if entry is None:
-                row.append(None)
-                continue
-            try:
-                x, y = (float(value) for value in entry if not isinstance(value, str))
-            except (TypeError, ValueError):
-                raise ValueError(f"at needs {example}; got the entry {entry!r}") from None
-            if not (0 <= x <= image_size - 1 and 0 <= y <= image_size - 1):  # False for NaN too
-                raise ValueError(
-                    f"at: the place {entry!r} is not inside the picture, x and y go from 0 to {image_size - 1}"
-                )
-            row.append((x, y))
-        result.append(row)
-    return result
-
-
-def _parse_whole(name: str, value: Any, low: int) -> int:
-    """A whole number from a user, of Python or NumPy; ``name`` is what errors call it."""
-    try:
-        whole = operator.index(value)
-    except TypeError:
-        whole = None
-    if whole is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if not low <= whole <= MAX_SEED:
-        raise ValueError(f"{name} must be between {low} and 2**63 - 1, got {whole}")
-    return whole
-
-
-def parse_seed(seed: object) -> int:
-    """A seed from a user, or a fresh one for None.
-
-    Raises:
-        TypeError: ``seed`` is not a whole number.
-        ValueError: it is negative or beyond 2**63 - 1.
-    """
-    if seed is None:
-        return int.from_bytes(os.urandom(4), "big")
-    return _parse_whole("seed", seed, 0)
-
-
-class Request(NamedTuple):
-    """What a user asked for, checked."""
-
-    scenes: list[list[str]]
-    places: list[list[Place | None]] | None
-
-
-def parse_request(generator: SceneModel, conditions: object, at: object) -> Request:
-    """Scenes and places; warns of scenes longer than those of training.
-
-    Raises:
-        TypeError, ValueError: see :func:`parse_scenes` and :func:`parse_places`; or the model does not know places.
-    """
-    scenes = parse_scenes(conditions, generator.vocabulary)
-    batched = isinstance(conditions, (list, tuple)) and isinstance(conditions[0], (list, tuple))
-    if at is not None and generator.place_model is None:
-        raise ValueError("at was given, but this model does not know places; the default model does")
-    places = None if at is None else parse_places(at, scenes, batched, generator.image_size)
-    longest = max(len(scene) for scene in scenes)
-    if longest > generator.num_turns:
-        warnings.warn(
-            f"{longest} objects are asked, but the model was trained on scenes of at most {generator.num_turns}: "
-            "the later ones may come out worse",
-            UserWarning,
-            stacklevel=4,
-        )
-    return Request(scenes, places)
-
-
 def draw(
     generator: SceneModel,
     conditions: object,
@@ -532,25 +191,25 @@ def draw(
     start: Tensor | None = None,
 ) -> Drawing:
     """What ``IterativeGenerator.generate`` and ``add`` do; see there."""
-    num_images = _parse_whole("num_images", num_images, 1)
-    best_of = _parse_whole("best_of", best_of, 1)
+    num_images = parse_whole("num_images", num_images, 1)
+    best_of = parse_whole("best_of", best_of, 1)
     first = parse_seed(seed)
     scenes, places = parse_request(generator, conditions, at)
     scenes = [scene for scene in scenes for _ in range(num_images)]
     if places is not None:
         places = [scene for scene in places for _ in range(num_images)]
     seeds = [(first + n) % (MAX_SEED + 1) for n in range(len(scenes))]
-    target = _target(scenes, start) if best_of > 1 else None
+    target = target_objects(scenes, start) if best_of > 1 else None
     if start is not None:
         start = start.expand(len(scenes), -1, -1, -1)
     best = draw_turns(generator, scenes, seeds, places=places, start=start)
     scores = None
     if target is not None:
-        scores = _exact_probability(best.images[:, -1], target)
+        scores = exact_probability(best.images[:, -1], target)
         for i in range(1, best_of):
             other_seeds = [(first + n + i * CANDIDATE_STRIDE) % (MAX_SEED + 1) for n in range(len(scenes))]
             other = draw_turns(generator, scenes, other_seeds, places=places, start=start)
-            other_scores = _exact_probability(other.images[:, -1], target)
+            other_scores = exact_probability(other.images[:, -1], target)
             better = other_scores > scores
             scores = torch.where(better, other_scores, scores)
             seeds = [o if b else s for s, o, b in zip(seeds, other_seeds, better.tolist(), strict=True)]
@@ -567,20 +226,6 @@ def draw(
 def _known_places(asked: Sequence[Place | None], put: Sequence[Sequence[float]]) -> list[Place]:
     """For each object the place as it was asked, in full precision, or else where it was put."""
     return [wanted or (x, y) for wanted, (x, y) in zip(asked, put, strict=False)]  # ``put`` may be padded
-
-
-def _target(scenes: Sequence[Sequence[str]], start: Tensor | None) -> Tensor:
-    """What the verifier should see, multi-hot (N, K): the objects asked and those of the picture ``start``, if any."""
-    target = torch.zeros(len(scenes), len(_verifier().config.objects), dtype=torch.bool)
-    for row, objects in zip(target, _verifier_objects(scenes), strict=True):
-        row[objects] = True
-    return target if start is None else target | (_seen_objects(start[None]) > 0.5)
-
-
-def _exact_probability(images: Tensor, target: Tensor) -> Tensor:
-    """The verifier's probability (N,) that exactly the target's objects are in each picture."""
-    probabilities = _seen_objects(images)
-    return torch.where(target, probabilities, 1 - probabilities).prod(1)
 
 
 def stream(generator: SceneModel, conditions: object, *, seed: int | None = None, at: object = None) -> Iterator[Turn]:

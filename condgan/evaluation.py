@@ -7,7 +7,6 @@ choose among draws, gives the features of the Fréchet distances.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +19,11 @@ from torch import Tensor
 
 from condgan import metrics
 from condgan.classifier import SceneClassifier
-from condgan.datasets import SceneDataset, Split
-from condgan.drawing import SceneModel, draw_turns, parse_scenes, parse_seed
+from condgan.datasets import SceneDataset, Split, read_conditions
+from condgan.drawing import SceneModel, draw_turns
+from condgan.functional import evaluating
 from condgan.images import from_uint8, to_uint8
+from condgan.requests import parse_scenes, parse_seed
 from condgan.vocab import Vocabulary
 
 Interval = tuple[float, float]
@@ -124,30 +125,6 @@ class EvaluationReport:
         )
         foot = f"real: {self.real_pictures} pictures; each Frechet distance: {self.frechet_pictures} a side; "
         return "\n".join([head, *table, foot + f"{self.seconds:.0f} s"])
-
-
-def read_conditions(path: str | Path) -> list[list[str]]:
-    """Lists of objects from a JSON file such as i-CLEVR's ``test.json``: ``[["red cube"], ["gray cube", ...], ...]``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or not a list of lists of names. Names are checked when they are drawn.
-    """
-    path = Path(path)
-    wanted = 'a JSON list of lists of names, such as [["red cube"], ["gray cube", "cyan sphere"]]'
-    if not path.is_file():
-        raise FileNotFoundError(f"conditions: there is no file {str(path)!r}; it should hold {wanted}")
-    try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"conditions: {str(path)!r} is not JSON ({error}); it should hold {wanted}") from error
-    if not isinstance(lists, list) or not lists or not all(_is_list_of_names(names) for names in lists):
-        raise ValueError(f"conditions: {str(path)!r} should hold {wanted}")
-    return lists
-
-
-def _is_list_of_names(names: object) -> bool:
-    return isinstance(names, list) and len(names) > 0 and all(isinstance(name, str) for name in names)
 
 
 def evaluate(
@@ -267,12 +244,8 @@ def _in_batches(
 ) -> Tensor:
     """``function`` of uint8 pictures (N, 3, H, W) with ``classifier`` in eval mode, (N, D) float32 on the CPU."""
     weight = next(classifier.parameters())
-    training = classifier.training
-    classifier.eval()
-    try:
+    with evaluating(classifier):
         outputs = [function(from_uint8(chunk).to(weight.device, weight.dtype)) for chunk in pictures.split(batch_size)]
-    finally:
-        classifier.train(training)
     return torch.cat(outputs).float().cpu()
 
 

@@ -1,13 +1,17 @@
-"""Pure functions over any networks of the right signature; the classes call them. What they draw is differentiable."""
+"""Functions over any networks of the right signature; the classes call them. What they draw is differentiable.
+
+All are pure but :func:`evaluating`, which switches a network to eval mode for a while.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from condgan.vocab import Vocabulary
 
@@ -254,3 +258,22 @@ def crop(images: Tensor, corners: Tensor, crop_size: int) -> Tensor:
 def _check_pairs(name: str, pairs: Tensor, n: int | None = None) -> None:
     if pairs.ndim != 2 or pairs.shape[1] != 2 or n not in (None, len(pairs)):
         raise ValueError(f"{name} must be ({'N' if n is None else n}, 2), got {tuple(pairs.shape)}")
+
+
+class Switchable(Protocol):
+    """What :func:`evaluating` needs; every ``nn.Module`` is one."""
+
+    def modules(self) -> Iterator[nn.Module]: ...
+    def train(self, mode: bool = True) -> object: ...
+
+
+@contextmanager
+def evaluating(module: Switchable) -> Iterator[None]:
+    """Eval mode inside the block; after it every submodule is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.train(False)
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

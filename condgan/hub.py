@@ -109,11 +109,7 @@ class PretrainedModel(nn.Module):
         name = cls.default_pretrained if name is None else name
         if not isinstance(name, (str, Path)):
             raise TypeError(f"name must be a string or a path, got {name!r}")
-        folder = _local_folder(name)
-        if folder is None:
-            folder = _download(str(name), revision, cache_dir, token, local_files_only)
-        elif revision is not None:
-            raise ValueError(f"revision={revision!r} is for hub ids only, and {str(name)!r} is a folder: leave it out.")
+        folder = find_checkpoint(name, revision, cache_dir, token, local_files_only)
         path = _existing(folder, CONFIG_NAME)
         config = _parse_config(path.read_bytes(), str(path), cls.__name__, cls.config_class)
         try:
@@ -255,6 +251,27 @@ def _version() -> str:
     return __version__
 
 
+def find_checkpoint(
+    name: str | Path,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a checkpoint by its shipped name, path or hub id, downloaded if need be.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it cannot be downloaded.
+        ValueError: ``revision`` is given for a folder.
+    """
+    folder = _local_folder(name)
+    if folder is None:
+        return _download(str(name), revision, cache_dir, token, local_files_only)
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is for hub ids only, and {str(name)!r} is a folder: leave it out.")
+    return folder
+
+
 def _local_folder(name: str | Path) -> Path | None:
     """The folder that a name means, None for a hub id."""
     text = str(name)
@@ -355,7 +372,9 @@ def _parse_config(text: bytes, source: str, model_type: str, config_class: type[
             f"{FORMAT_VERSION}: run `pip install --upgrade condgan`."
         )
     if found != model_type:
-        raise CheckpointError(f"{source} is of a {found}, not of a {model_type}: load it with {found}.from_pretrained.")
+        raise CheckpointError(
+            f"{source} holds the model type {found}, wanted is {model_type}: load it with {found}.from_pretrained."
+        )
     hints = get_type_hints(config_class)
     for problem, keys in (("unknown", values.keys() - hints.keys()), ("missing", hints.keys() - values.keys())):
         if keys:

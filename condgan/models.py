@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from condgan import drawing
 from condgan import images as pictures
 from condgan.canvas import Canvas
-from condgan.drawing import Drawing, Place, Turn
 from condgan.functional import place_map
 from condgan.hub import PretrainedModel
 from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised
+from condgan.requests import Place
+from condgan.results import Drawing, Turn
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
 
 IMAGE_SIZES = (32, 64, 128)
@@ -348,7 +349,7 @@ class IterativeGenerator(PretrainedModel):
                 and score are in the result. Costs as many times more.
 
         Returns:
-            A :class:`condgan.drawing.Drawing`.
+            A :class:`condgan.Drawing`.
 
         Raises:
             TypeError: an argument has the wrong type.
@@ -396,7 +397,7 @@ class IterativeGenerator(PretrainedModel):
         """Draw one scene and hand out every turn as it is done; arguments as in :meth:`generate`.
 
         Yields:
-            :class:`condgan.drawing.Turn`: ``image``, ``added``, ``difference``, ``place``.
+            :class:`condgan.Turn`: ``image``, ``added``, ``difference``, ``place``.
         """
         return drawing.stream(self, conditions, seed=seed, at=at)
 

@@ -81,9 +81,9 @@ def read_layout(data_dir: str | Path) -> SceneLayout:
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise DatasetError(f"there is no folder {data_dir}: give the folder that holds train.json and the pictures")
-    vocabulary = read_objects(data_dir / "objects.json")
     path = data_dir / "train.json"
     content = read_json(path)
+    vocabulary = read_objects(data_dir / "objects.json")
     if not isinstance(content, dict) or not content:
         raise DatasetError(
             f'{path}: expected a dict such as {{"CLEVR_train_000000_0.png": ["red cube"]}}, got {content!r:.80}'

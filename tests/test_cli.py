@@ -18,11 +18,11 @@ from PIL import Image
 from scenes import write_iclevr_layout
 
 import condgan
-from condgan import cli, drawing, evaluation, hub, training
+from condgan import cli, evaluation, hub, results, runs
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.cli import main
 from condgan.models import DiffDiscriminator, DiscriminatorConfig, GeneratorConfig, IterativeGenerator
-from condgan.training import PRESETS, TrainConfig
+from condgan.training import PRESETS, TrainConfig, TrainingDiverged
 
 COMMANDS = ("generate", "add", "info", "list", "prepare", "train", "evaluate")
 SCENE = ["red cube", "blue sphere"]
@@ -70,9 +70,9 @@ def _here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     """An empty working folder, in an installation that ships the tiny models."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "SHIPPED", models)
-    drawing._verifier.cache_clear()
+    results._verifier.cache_clear()
     yield
-    drawing._verifier.cache_clear()
+    results._verifier.cache_clear()
 
 
 class Outcome:
@@ -212,7 +212,7 @@ def test_wrong_usage(line: str, message: str, run: Run, tmp_path: Path) -> None:
         ("generate 'red cube' --model iclevr-46", "unknown checkpoint 'iclevr-46': did you mean 'iclevr-64'?"),
         ("generate 'red cube' --model ./nowhere", "nowhere does not exist: check the path"),
         ("generate 'red cube' --model {models}/corrupt", "model.safetensors is cut short or damaged"),
-        ("generate 'red cube' --model verifier", "is of a SceneClassifier, not of a IterativeGenerator"),
+        ("generate 'red cube' --model verifier", "holds the model type SceneClassifier, wanted is IterativeGenerator"),
         ("generate 'red cube' --model {data}", "has no config.json"),
         ("generate 'red cube' --model {models}/plain --at 3,4", "does not know places"),
         ("generate 'red cube' 'blue sphere' --at 3,4", "at needs one entry an object"),
@@ -234,10 +234,13 @@ def test_wrong_usage(line: str, message: str, run: Run, tmp_path: Path) -> None:
         ("train --data missing --out run", "missing is neither a folder nor a packed .npy file"),
         ("train --data {data} --out run", "it is not prepared yet: run `condgan prepare"),
         ("evaluate --conditions missing.json", "there is no file 'missing.json'"),
-        ("evaluate --conditions {data}/train.json", "a JSON list of lists of names"),
-        ("evaluate --conditions {data}/images/CLEVR_train_000000_0.png", "is not JSON"),
+        ("evaluate --conditions {data}/objects.json", "expected a list of names"),
+        ("evaluate --conditions {data}/images/CLEVR_train_000000_0.png", "is not valid JSON"),
         ("evaluate --conditions {data}/test.json --judge jugde", "unknown checkpoint 'jugde': did you mean 'judge'?"),
-        ("evaluate --conditions {data}/test.json --judge iclevr-64", "is of a IterativeGenerator, not of a SceneCla"),
+        (
+            "evaluate --conditions {data}/test.json --judge iclevr-64",
+            "holds the model type IterativeGenerator, wanted is Sce",
+        ),
         ("evaluate --conditions {data}/test.json --data missing", "there is no file 'missing'"),
         ("evaluate --conditions {data}/test.json --out missing/report.json", "cannot write 'missing/report.json'"),
         ("evaluate --conditions {data}/test.json --out .", "cannot write '.'"),
@@ -262,9 +265,9 @@ def test_a_data_folder_without_labels(run: Run, tmp_path: Path) -> None:
 
 def test_diverged_training_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverge(*_: object, **__: object) -> None:
-        raise training.TrainingDiverged("five updates in a row\nwere not finite")
+        raise TrainingDiverged("five updates in a row\nwere not finite")
 
-    monkeypatch.setattr(training, "train", diverge)
+    monkeypatch.setattr(runs, "train", diverge)
     outcome = run("train", "--data", "data", "--out", "run")
     assert outcome.status == 1
     assert outcome.err == "condgan train: error: five updates in a row were not finite\n"
@@ -273,7 +276,7 @@ def test_diverged_training_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("module", "function", "line", "advice"),
     [
-        (training, "train", "train --data data --out run", ": run the same command again to go on"),
+        (runs, "train", "train --data data --out run", ": run the same command again to go on"),
         (evaluation, "evaluate", "evaluate --conditions test.json --out report.json", ""),
     ],
 )
@@ -507,15 +510,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append((data, out, config, options))
         return IterativeGenerator(GeneratorConfig(width=1, condition_dim=4))
 
-    monkeypatch.setattr(training, "train", note)
+    monkeypatch.setattr(runs, "train", note)
     return calls
 
 
 def test_train_changes_fields_of_a_preset(run: Run, asked: list[tuple[Any, ...]]) -> None:
     fields = (
-        *("--set", "generator.output=tanh", "--set", "lr_generator=3e-4", "--set", "bf16=False"),
-        *("--set", "generator.places=false", "--set", "discriminator.places=false"),  # which have to agree
-        *("--set", "discriminator.image_size=64", "--set", "generator.objects=red cube, blue sphere"),
+        *("--set", "generator.output=tanh", "--set", "lr_generator=7e-4", "--set", "bf16=False"),
+        *("--set", "generator.places=false", "--set", "discriminator.places=false"),  # they have to agree
+        *("--set", "generator.objects=red cube, blue sphere", "--set", "discriminator.objects=red cube, blue sphere"),
+        *("--set", "discriminator.image_size=64"),
     )
     run("train", "--data", "data", "--out", "run", *fields, "--images", 1000, "--seed", 3, "--batch-scenes", 2)
     ((data, out, config, options),) = asked
@@ -524,7 +528,7 @@ def test_train_changes_fields_of_a_preset(run: Run, asked: list[tuple[Any, ...]]
     changed = {name for name in vars(config) if getattr(config, name) != getattr(PRESETS["compact"], name)}
     assert changed == {"generator", "discriminator", "lr_generator", "bf16", "images", "seed", "batch_scenes"}
     assert (config.lr_generator, config.bf16, config.images, config.seed, config.batch_scenes) == (
-        3e-4,
+        7e-4,
         False,
         1000,
         3,

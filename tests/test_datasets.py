@@ -86,7 +86,7 @@ def test_conditions_come_in_the_spelling_of_the_vocabulary(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "there is no test.json"),
+        (None, "there is no file"),
         ("[[", "not valid JSON"),
         ('"red cube"', "list of lists"),
         ("[]", "list of lists"),

@@ -17,7 +17,7 @@ from condgan import evaluation, metrics
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.datasets import scene_split
 from condgan.drawing import Turns
-from condgan.evaluation import EvaluationReport, evaluate, read_conditions
+from condgan.evaluation import EvaluationReport, evaluate
 from condgan.images import to_uint8
 from condgan.models import GeneratorConfig, IterativeGenerator
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
@@ -461,21 +461,3 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(
     (tmp_path / "train.json").write_text(json.dumps(index | {"scenes": [index["scenes"][i] for i in train]}))
     with pytest.raises(ValueError, match="no scene of the test split"):
         evaluate(generator, LISTS, judge=oracle, verifier=oracle, data=tmp_path / "train.npy")
-
-
-@pytest.mark.parametrize(
-    "text", ["[]", "{}", '["red cube"]', "[[]]", "[[3]]", "[[", '{"a.png": ["red cube"]}', "[[null]]"]
-)
-def test_files_that_hold_no_lists_are_refused(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "lists.json"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=r"lists\.json.*JSON list of lists of names"):
-        read_conditions(file)
-    with pytest.raises(FileNotFoundError, match=r"other\.json"):
-        read_conditions(tmp_path / "other.json")
-
-
-def test_read_conditions_gives_the_lists(tmp_path: Path) -> None:
-    file = tmp_path / "test.json"
-    file.write_text(json.dumps(LISTS))
-    assert read_conditions(file) == read_conditions(str(file)) == LISTS

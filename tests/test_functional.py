@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from reference import randomise
-from torch import Tensor
+from torch import Tensor, nn
 
 from condgan.functional import (
     CHANGE_THRESHOLD,
@@ -18,6 +18,7 @@ from condgan.functional import (
     crop,
     crop_corners,
     encode_objects,
+    evaluating,
     place_map,
     place_of_change,
     roll_conditions,
@@ -504,3 +505,12 @@ def test_wrong_places_and_crops_are_named(call: Callable[[], Tensor], message: s
 def test_names_and_ids_of_this_file_mean_the_same() -> None:
     names = [[ICLEVR_OBJECTS[i] for ids in scene for i in ids] for scene in SCENES]
     assert torch.equal(encode_objects(names), padded(one_hot_scenes(), 3))
+
+
+def test_evaluating_gives_modes_back_after_an_error() -> None:
+    module = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
+    module[1].eval()
+    with pytest.raises(KeyError), evaluating(module):
+        assert not any(part.training for part in module.modules())
+        raise KeyError
+    assert [part.training for part in module.modules()] == [True, True, False]

@@ -224,7 +224,7 @@ def test_the_card_tells_what_the_model_is(toy: Toy) -> None:
     ("changes", "words"),
     [
         ({"wdith": 3}, ["config.json", "unknown wdith", "ToyConfig"]),
-        ({"model_type": "Other"}, ["config.json", "of a Other", "Other.from_pretrained"]),
+        ({"model_type": "Other"}, ["config.json", "model type Other", "Other.from_pretrained"]),
         ({"format_version": 2, "condgan_version": "9.1"}, ["format_version 2", "condgan 9.1", "pip install --upgrade"]),
         ({"format_version": "1"}, ["format_version", "'1'"]),
         ({"format_version": True}, ["format_version", "True"]),
@@ -332,7 +332,7 @@ def test_the_list_has_shipped_names_first_by_type(shipped: Path) -> None:
 
 def test_what_ships_is_found_by_name_and_by_default(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(Toy.from_pretrained("toy-b"), Toy.from_pretrained(shipped / "toy-b"))
-    refused("special", "is of a Other, not of a Toy")
+    refused("special", "holds the model type Other, wanted is Toy")
     with pytest.raises(CheckpointError, match=r"Toy has no default checkpoint.*toy-a"):
         Toy.from_pretrained()
     monkeypatch.setattr(Toy, "default_pretrained", "toy-a")

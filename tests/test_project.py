@@ -27,12 +27,14 @@ PACKAGE = ROOT / "condgan"
 # Imports go one way: a module uses only modules of the groups above its own.
 GROUPS = (
     ("vocab", "layers", "losses", "hub", "images"),
-    ("functional", "canvas"),
+    ("functional", "canvas", "requests"),
     ("classifier",),
+    ("results",),
     ("drawing",),
     ("models",),
     ("datasets", "metrics"),
     ("prepare", "training", "evaluation"),
+    ("runs",),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -83,9 +85,9 @@ def imports_to_the_right(module: str, source: str) -> list[str]:
         ("from condgan import IterativeGenerator", True),
         ("import condgan", True),
         ("def f():\n    from condgan.cli import main", True),
-        ("if TYPE_CHECKING:\n    from condgan.training import train", True),
+        ("if TYPE_CHECKING:\n    from condgan.runs import train", True),
         ("from condgan.datasets import SceneDataset", True),  # of its own group
-        ("from .training import train", True),
+        ("from .runs import train", True),
         ("from . import cli", True),
     ],
 )

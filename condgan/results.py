@@ -1,0 +1,227 @@
+"""What users get: drawings, turns, the files they are saved to, and what the verifier says of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from condgan import images as pictures
+from condgan.classifier import SceneClassifier
+from condgan.requests import Place
+from condgan.vocab import Vocabulary
+
+VERIFIER_SIZE = 64
+"""Side of the pictures that the verifier was trained on, in pixels."""
+
+
+class Found(NamedTuple):
+    """What the verifier says of one object in one picture."""
+
+    found: bool
+    """Whether it is there: the probability is above one half."""
+    probability: float
+    """In [0, 1]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """What ``generate`` and ``add`` return: N pictures and how they came about. Shows itself in notebooks."""
+
+    conditions: list[list[str]]
+    """For each picture the objects that it was asked to add, in order."""
+    seeds: list[int]
+    """For each picture the seed that draws it again."""
+    places: list[list[Place]] | None
+    """For each picture where each object was put, in pixels (x, y); None if the model does not know places."""
+    trajectory: Tensor
+    """(N, T + 1, 3, H, W) float32 in [-1, 1]: the canvas, then the picture after each turn."""
+    scores: list[float] | None = None
+    """With ``best_of``: the verifier's probability that exactly the asked objects are in the picture; those that it saw
+    in the picture that ``add`` was given are asked, too."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """The final pictures, (N, 3, H, W) float32 in [-1, 1]."""
+        return self.trajectory[:, -1]
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture."""
+        return pictures.to_pil(self.tensor[0])
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """All pictures, after their final turn."""
+        return [pictures.to_pil(image) for image in self.tensor]
+
+    @property
+    def turns(self) -> list[list[Image.Image]]:
+        """For each picture the pictures after each of its turns; the last one is the final picture."""
+        return [
+            [pictures.to_pil(image) for image in images[1 : len(scene) + 1]]
+            for images, scene in zip(self.trajectory, self.conditions, strict=True)
+        ]
+
+    def grid(self, columns: int | None = None, turns: bool = False) -> Image.Image:
+        """All pictures on one sheet.
+
+        Args:
+            columns: pictures a row; None is a roughly square sheet.
+            turns: one row a picture instead, the canvas and every turn side by side.
+        """
+        if turns:
+            images = [pictures.to_pil(image) for row in self.trajectory for image in row]
+            return pictures.grid(images, self.trajectory.shape[1])
+        return pictures.grid(self.images, math.ceil(len(self.seeds) ** 0.5) if columns is None else columns)
+
+    def metadata(self, index: int) -> dict[str, object]:
+        """How to draw picture ``index`` again: conditions, seed and places."""
+        return {
+            "conditions": self.conditions[index],
+            "seed": self.seeds[index],
+            "places": None if self.places is None else self.places[index],
+        }
+
+    def save(self, path: str | os.PathLike[str], index: int | None = None) -> list[Path]:
+        """Write the pictures; a PNG file carries conditions, seed and places as JSON in its text field ``condgan``.
+
+        Args:
+            path: file name whose ending says the format. Several pictures become ``name-0.png``, ``name-1.png``, ...
+            index: write this picture only, under ``path`` itself.
+
+        Returns:
+            The files written, each whole or not at all.
+
+        Raises:
+            OSError: the folder is not there or cannot be written.
+            ValueError: the ending of ``path`` is not that of a picture format that can be written.
+        """
+        path = Path(path)
+        if index is None and len(self.seeds) > 1:
+            files = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(len(self.seeds))]
+            for i, file in enumerate(files):
+                self.save(file, i)
+            return files
+        index = index or 0
+        save_image(pictures.to_pil(self.tensor[index]), path, self.metadata(index))
+        return [path]
+
+    def verify(self) -> list[dict[str, Found]]:
+        """Ask the bundled verifier which of the asked objects it finds.
+
+        Returns:
+            For each picture the asked objects, by name, each with :class:`Found`.
+
+        Raises:
+            ValueError: the verifier does not know an object of the model's own vocabulary.
+        """
+        asked = _verifier_objects(self.conditions)
+        return [
+            {name: Found(p[i] > 0.5, p[i]) for name, i in zip(scene, objects, strict=True)}
+            for scene, objects, p in zip(self.conditions, asked, _seen_objects(self.tensor).tolist(), strict=True)
+        ]
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.grid().save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def __repr__(self) -> str:
+        n, _, _, height, width = self.trajectory.shape
+        scenes = ", ".join(f"{scene} seed {seed}" for scene, seed in zip(self.conditions[:3], self.seeds, strict=False))
+        return f"Drawing({n} x {width}x{height}: {scenes}{', ...' if n > 3 else ''})"
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One step of ``stream``."""
+
+    tensor: Tensor
+    """(3, H, W) float32 in [-1, 1]: the picture after this turn."""
+    previous: Tensor
+    """(3, H, W) float32 in [-1, 1]: the picture before it."""
+    added: str
+    """The object that this turn added."""
+    place: Place | None
+    """Where it was put, in pixels (x, y); None if the model does not know places."""
+    seed: int
+    """The seed that draws the scene again."""
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture after this turn."""
+        return pictures.to_pil(self.tensor)
+
+    @property
+    def difference(self) -> Image.Image:
+        """What changed: half the signed difference to the picture before, mid-gray where nothing did."""
+        return pictures.to_pil((self.tensor - self.previous) / 2)
+
+
+def save_image(image: Image.Image, path: Path, metadata: dict[str, object]) -> None:
+    """Write a picture under a temporary name, then rename it; PNG text field ``condgan`` holds ``metadata`` as JSON."""
+    picture_format = Image.registered_extensions().get(path.suffix.lower())
+    if picture_format not in Image.SAVE:
+        raise ValueError(f"path must end like a picture file, such as scene.png, got {str(path)!r}")
+    text = PngInfo()
+    text.add_text("condgan", json.dumps(metadata))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        image.save(partial, picture_format, **({"pnginfo": text} if picture_format == "PNG" else {}))
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {str(path)!r} ({error.strerror or error}): "
+            "name a file in a folder that is there and yours to write"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is of a format that cannot hold this picture: {error}") from error
+    finally:
+        with suppress(OSError):  # it is there only if writing failed
+            partial.unlink()
+
+
+@lru_cache(maxsize=1)
+def _verifier() -> SceneClassifier:
+    return SceneClassifier.from_pretrained("verifier")
+
+
+def _seen_objects(images: Tensor) -> Tensor:
+    """The verifier's probability (N, K) of every object in pictures (N, 3, H, W) of any size, float64 on the CPU."""
+    return _verifier().probabilities(pictures.resize(images, VERIFIER_SIZE)).double().cpu()
+
+
+def _verifier_objects(scenes: Sequence[Sequence[str]]) -> list[list[int]]:
+    """The verifier's ids of the objects of every scene."""
+    vocabulary = Vocabulary(_verifier().config.objects)
+    try:
+        return [[vocabulary.parse(name) for name in scene] for scene in scenes]
+    except ValueError as error:
+        raise ValueError(f"the bundled verifier, which knows i-CLEVR's objects, cannot help here: {error}") from error
+
+
+def target_objects(scenes: Sequence[Sequence[str]], start: Tensor | None) -> Tensor:
+    """What the verifier should see, multi-hot (N, K): the objects asked and those of the picture ``start``, if any."""
+    target = torch.zeros(len(scenes), len(_verifier().config.objects), dtype=torch.bool)
+    for row, objects in zip(target, _verifier_objects(scenes), strict=True):
+        row[objects] = True
+    return target if start is None else target | (_seen_objects(start[None]) > 0.5)
+
+
+def exact_probability(images: Tensor, target: Tensor) -> Tensor:
+    """The verifier's probability (N,) that exactly the target's objects are in each picture."""
+    probabilities = _seen_objects(images)
+    return torch.where(target, probabilities, 1 - probabilities).prod(1)

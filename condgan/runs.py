@@ -1,0 +1,250 @@
+"""Runs of training: the loop, and the folder with checkpoints that resume exactly, a log, models and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from condgan.datasets import SceneDataset
+from condgan.drawing import draw_turns
+from condgan.models import DiffDiscriminator, IterativeGenerator
+from condgan.results import Drawing
+from condgan.training import TrainConfig, Trainer, TrainingDiverged, TrainingScenes
+
+CHECKPOINT = "checkpoint.safetensors"
+COUNTERS = ("step", "images", "skipped", "skipped_in_a_row")
+LOG_INTERVAL = 20
+"""Steps between two lines of the log."""
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    config: TrainConfig,
+    *,
+    device: str | None = None,
+    checkpoint_seconds: float = 180,
+    progress: bool = True,
+) -> IterativeGenerator:
+    """Train a generator, or go on with a run that was interrupted.
+
+    The folder ``out`` gets ``log.jsonl``, ``checkpoint.safetensors`` (from which a run goes on to the very same numbers
+    on the CPU), ``model/`` and ``discriminator/`` (the averaged generator and its opponent, for ``from_pretrained``)
+    and ``pictures/`` (drawings), all but the log anew with every checkpoint; and ``tensorboard/`` if it is installed.
+
+    Args:
+        data: packed file of ``condgan prepare``, or the folder that holds it; its train split is used.
+        out: folder of the run.
+        config: what to train; :data:`condgan.training.PRESETS` holds some.
+        device: such as ``cuda``; None takes a GPU if there is one.
+        checkpoint_seconds: time between checkpoints.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The averaged model, in eval mode.
+
+    Raises:
+        DatasetError: the data cannot be read.
+        ValueError: ``out`` holds another run, or the data does not fit the configuration.
+        TrainingDiverged: several steps in a row were not finite; the last checkpoint is good.
+    """
+    out = Path(out)
+    dataset = SceneDataset(data, "train")
+    _check_data(dataset, config)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"out: cannot make the folder {str(out)!r} ({error.strerror}): choose another") from None
+    checkpoint = out / CHECKPOINT
+    resuming = checkpoint.exists()
+    generator, discriminator = _fresh_networks(config)
+    if resuming:
+        tensors = _read_checkpoint(checkpoint)[1]
+        for name, buffer in generator.canvas.named_buffers():
+            buffer.copy_(tensors[f"generator.canvas.{name}"])
+    scenes = TrainingScenes(dataset, generator, fit_canvas=not resuming and config.init_generator is None)
+    trainer = Trainer(config, scenes, generator.to(device), discriminator.to(device))
+    if resuming:
+        _load_checkpoint(trainer, checkpoint)
+    with (
+        RunLog(out, trainer.images) as log,
+        tqdm(
+            total=config.images, initial=trainer.images, unit="img", desc=str(out), disable=not progress, smoothing=0.05
+        ) as bar,
+    ):
+        saved = time.monotonic()
+        try:
+            while trainer.images < config.images:
+                before = trainer.images
+                losses = trainer.train_step()
+                bar.update(trainer.images - before)
+                log.add(trainer.step, trainer.images, trainer.skipped, losses)
+                if trainer.step % LOG_INTERVAL == 0:
+                    bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+                if time.monotonic() - saved > checkpoint_seconds:
+                    _save_run(trainer, out)
+                    saved = time.monotonic()
+        except TrainingDiverged as error:
+            kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+            raise TrainingDiverged(f"{error}; {kept}") from None
+        except KeyboardInterrupt:
+            _save_run(trainer, out)
+            raise
+        return _save_run(trainer, out)
+
+
+def _fresh_networks(config: TrainConfig) -> tuple[IterativeGenerator, DiffDiscriminator]:
+    """The networks before the first step; global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        generator, discriminator = IterativeGenerator(config.generator), DiffDiscriminator(config.discriminator)
+    for name, network in (("init_generator", generator), ("init_discriminator", discriminator)):
+        source = getattr(config, name)
+        if source is None:
+            continue
+        pretrained = type(network).from_pretrained(source)
+        if pretrained.config != network.config:
+            raise ValueError(f"{name}: {source!r} has the configuration {pretrained.config}, the run {network.config}")
+        network.load_state_dict(pretrained.state_dict())
+    return generator, discriminator
+
+
+def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:
+    if len(dataset) == 0:
+        raise ValueError("data: the train split has no scenes")
+    size, objects = config.generator.image_size, config.generator.objects
+    if dataset.pixels.shape[-1] != size:
+        raise ValueError(
+            f"data: pictures are {dataset.pixels.shape[-1]} pixels wide, the configuration asks for {size}; "
+            f"run `condgan prepare DATA_DIR --image-size {size}`"
+        )
+    if dataset.vocabulary.names != objects:
+        raise ValueError(f"data: its objects are {dataset.vocabulary.names}, the configuration names {objects}")
+
+
+def _save_run(trainer: Trainer, out: Path) -> IterativeGenerator:
+    """Checkpoint, model and a sheet of drawings."""
+    _save_checkpoint(trainer, out / CHECKPOINT)
+    generator = trainer.export()
+    generator.save_pretrained(out / "model")
+    trainer.discriminator.save_pretrained(out / "discriminator")
+    names = [[trainer.scenes.names[i] for i in row] for row in trainer.scenes.objects[:24].tolist()]
+    sheet = Drawing(names, list(range(len(names))), None, draw_turns(generator, names, range(len(names))).images)
+    (out / "pictures").mkdir(exist_ok=True)
+    sheet.grid(columns=6).save(out / "pictures" / f"{trainer.images:09d}.png")
+    return generator
+
+
+def _save_checkpoint(trainer: Trainer, path: Path) -> None:
+    """Write everything that the next step depends on; whole or not at all."""
+    tensors = {
+        f"{name}.{key}": value for name, net in trainer.networks().items() for key, value in net.state_dict().items()
+    }
+    for name, optimizer in trainer.optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in state.items()}
+    counters = {name: getattr(trainer, name) for name in COUNTERS}
+    metadata = {"config": json.dumps(dataclasses.asdict(trainer.config)), "counters": json.dumps(counters)}
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+    os.replace(partial, path)
+
+
+def _load_checkpoint(trainer: Trainer, path: Path) -> None:
+    """Go on from :func:`_save_checkpoint`: the steps that follow give the numbers they would have given.
+
+    Raises:
+        ValueError: the checkpoint is of another run; the message names the settings that differ.
+    """
+    metadata, tensors = _read_checkpoint(path)
+    _check_same_run(json.loads(metadata["config"]), trainer.config, path)
+    for name, network in trainer.networks().items():
+        prefix = f"{name}."
+        network.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+    for name, optimizer in trainer.optimizers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        prefix = f"optimizer.{name}."
+        for key, value in tensors.items():
+            if key.startswith(prefix):
+                index, field_name = key[len(prefix) :].split(".")
+                state.setdefault(int(index), {})[field_name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, value in json.loads(metadata["counters"]).items():
+        setattr(trainer, name, value)
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}): delete it to start the run again") from None
+
+
+def _check_same_run(stored: dict[str, Any], config: TrainConfig, path: Path) -> None:
+    """A run may be lengthened; nothing else may change between its parts."""
+    current = json.loads(json.dumps(dataclasses.asdict(config)))
+    differing = [name for name in current if name != "images" and current[name] != stored.get(name)]
+    if differing:
+        changes = ", ".join(f"{name} was {stored.get(name)!r} and is {current[name]!r}" for name in differing)
+        raise ValueError(f"{str(path)!r} is of another run: {changes}; choose another folder or the same settings")
+
+
+class RunLog:
+    """``log.jsonl``: mean losses every few steps; the same to TensorBoard if it is installed.
+
+    Args:
+        folder: of the run.
+        images: where the run goes on; later lines, of a part that was lost, are dropped.
+    """
+
+    def __init__(self, folder: Path, images: int) -> None:
+        path = folder / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["images"] <= images]
+        path.write_text("".join(kept))
+        self._file = path.open("a")
+        self._sums: dict[str, list[float]] = {}
+        self._writer: Any = None
+        self._since = (time.monotonic(), images)
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=images)
+
+    def add(self, step: int, images: int, skipped: int, losses: dict[str, float]) -> None:
+        """Take the losses of one step; write a line every :data:`LOG_INTERVAL` steps."""
+        for name, value in losses.items():
+            self._sums.setdefault(name, []).append(value)
+        if step % LOG_INTERVAL:
+            return
+        means = {name: sum(values) / len(values) for name, values in self._sums.items()}
+        now, (then, images_then) = time.monotonic(), self._since
+        line = {"step": step, "images": images, "skipped": skipped, **means}
+        line["images_per_second"] = (images - images_then) / (now - then)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in means.items():
+                self._writer.add_scalar(name, value, images)
+        self._sums, self._since = {}, (now, images)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,37 @@
+"""What the tests of several files are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scenes import write_iclevr_layout
+from tiny import COMPACT, REFERENCE, lively_generator
+
+from condgan import IterativeGenerator
+from condgan.prepare import prepare
+
+
+@pytest.fixture(scope="session")
+def compact() -> IterativeGenerator:
+    """Knows places."""
+    return lively_generator(COMPACT)
+
+
+@pytest.fixture(scope="session")
+def reference() -> IterativeGenerator:
+    """Does not know places."""
+    return lively_generator(REFERENCE)
+
+
+@pytest.fixture(scope="session", params=["compact", "reference"])
+def generator(request: pytest.FixtureRequest) -> IterativeGenerator:
+    model: IterativeGenerator = request.getfixturevalue(request.param)
+    return model
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 scenes, packed."""
+    folder = write_iclevr_layout(tmp_path_factory.mktemp("data"), num_scenes=24, image_size=(64, 64))
+    return prepare(folder, progress=False).path

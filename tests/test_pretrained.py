@@ -1,0 +1,117 @@
+"""The checkpoints inside the package: they load without a network, are small, and draw what they are asked for."""
+
+from __future__ import annotations
+
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import condgan
+from condgan import DiffDiscriminator, IterativeGenerator, SceneClassifier
+from condgan.drawing import draw_turns
+from condgan.functional import changed_region, place_of_change
+from condgan.metrics import exact_set, multilabel_accuracy
+from condgan.vocab import ICLEVR_OBJECTS
+
+SHIPPED = Path(condgan.__file__).parent / "pretrained"
+
+
+@pytest.fixture(scope="module")
+def generator() -> IterativeGenerator:
+    return IterativeGenerator.from_pretrained()
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("a shipped checkpoint asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_the_shipped_names_load_by_name() -> None:
+    assert condgan.list_pretrained() == ["iclevr-64"]
+    assert condgan.list_pretrained("SceneClassifier") == ["judge", "verifier"]
+    assert not IterativeGenerator.from_pretrained("iclevr-64").training
+    verifier, judge = SceneClassifier.from_pretrained(), SceneClassifier.from_pretrained("judge")
+    assert verifier.config != judge.config
+    generator = IterativeGenerator.from_pretrained()
+    discriminator = DiffDiscriminator.from_pretrained("iclevr-64-discriminator")
+    assert discriminator.config.condition_dim == generator.config.condition_dim
+
+
+def test_sizes_are_those_of_a_small_package() -> None:
+    size = {file.parent.name: file.stat().st_size for file in SHIPPED.glob("*/model.safetensors")}
+    assert size["iclevr-64"] < 15e6
+    assert size["verifier"] < 5e6
+    assert size["judge"] < 5e6
+    assert sum(size.values()) < 25e6
+
+
+@pytest.mark.parametrize("name", [folder.name for folder in sorted(SHIPPED.iterdir())])
+def test_every_checkpoint_has_a_card(name: str) -> None:
+    card = (SHIPPED / name / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "license: mit" in card
+    for heading in ("## Training data", "## Results", "## Limits"):
+        assert heading in card
+
+
+def test_the_default_model_draws_what_it_is_asked_for(generator: IterativeGenerator) -> None:
+    """A floor far below the published figure, which needs more draws and the judge."""
+    rng = random.Random(0)
+    scenes = [rng.sample(ICLEVR_OBJECTS, 1 + i % 3) for i in range(60)]
+    images = draw_turns(generator, scenes, range(60)).images[:, -1]
+    asked = torch.stack([generator.vocabulary.multi_hot(scene) for scene in scenes])
+    logits = SceneClassifier.from_pretrained().probabilities(images).logit(1e-6)
+    assert multilabel_accuracy(logits, asked) > 0.93
+    assert exact_set(logits, asked).float().mean() > 0.8
+    assert multilabel_accuracy(logits, asked.roll(1, 0)) < 0.5  # the measure can fail
+
+
+def test_the_same_picture_alone_in_a_batch_and_in_reversed_order(generator: IterativeGenerator) -> None:
+    rng = random.Random(1)
+    scenes = [rng.sample(ICLEVR_OBJECTS, 1 + i % 3) for i in range(7)]
+    batch = generator.generate(scenes, seed=40)
+    backwards = draw_turns(generator, scenes[::-1], batch.seeds[::-1]).images[:, -1].flip(0)
+    assert torch.equal(batch.tensor, backwards)
+    for i, scene in enumerate(scenes):
+        assert torch.equal(generator.generate(scene, seed=40 + i).tensor[0], batch.tensor[i])
+
+
+def test_an_object_comes_where_it_is_asked_and_the_rest_stays(generator: IterativeGenerator) -> None:
+    places = [(16.0, 20.0), (45.0, 30.0), (30.0, 45.0), (50.0, 40.0)]
+    result = generator.generate([["red cube", "blue sphere"]] * 4, at=[[None, place] for place in places], seed=0)
+    before, after = result.trajectory[:, 1], result.trajectory[:, 2]
+    centre = place_of_change(before, after)
+    assert (centre - torch.tensor(places)).abs().max() < 3
+    changed = changed_region(before, after).float()[:, None]
+    untouched = torch.nn.functional.max_pool2d(changed, 17, 1, 8) == 0
+    drift = (after - before).abs().masked_select(untouched.expand_as(after)).mean() * 127.5
+    assert drift < 0.5  # grey levels; real pictures differ by as much
+
+
+def test_light_differs_from_picture_to_picture(generator: IterativeGenerator) -> None:
+    first, second = generator.generate(["gray cube"], num_images=2, seed=0).trajectory[:, 0]
+    assert (first - second).abs().mean() * 127.5 > 1
+
+
+def test_bfloat16_draws_nearly_the_same(generator: IterativeGenerator) -> None:
+    place = [(40.0, 30.0)]
+    exact = generator.generate(["red cube"], at=place, seed=3).tensor
+    coarse = IterativeGenerator.from_pretrained().to(torch.bfloat16).generate(["red cube"], at=place, seed=3).tensor
+    assert (exact - coarse).abs().mean() < 0.01
+
+
+def test_generate_works_offline_from_another_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "condgan", "generate", "red cube", "blue sphere", "--seed", "7"]
+    subprocess.run([*command, "--out", "scene.png"], check=True, cwd=tmp_path)
+    alone = IterativeGenerator.from_pretrained().generate(["red cube", "blue sphere"], seed=7).image
+    with Image.open(tmp_path / "scene.png") as picture:
+        assert picture.tobytes() == alone.tobytes()

@@ -1,0 +1,131 @@
+"""runs.py: exact resuming, what a run leaves, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import RUN
+
+from condgan import IterativeGenerator
+from condgan.runs import CHECKPOINT, RunLog, train
+from condgan.training import PRESETS, Trainer, TrainingDiverged
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / CHECKPOINT)
+
+
+def test_a_killed_run_goes_on_to_the_very_same_numbers(data: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle, resume, compare bit for bit with a run that nobody disturbed."""
+    config = dataclasses.replace(RUN, images=540, reconstruction_images=180)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        "import dataclasses\n"
+        "from condgan import runs, training\n"
+        "from tiny import RUN\n"
+        "training.recalibrate = lambda generator, objects: None  # slow, and of the exported copy only\n"
+        "config = dataclasses.replace(RUN, images=540, reconstruction_images=180)\n"
+        "runs.train(sys.argv[1], sys.argv[2], config, device='cpu', checkpoint_seconds=1, progress=False)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, str(script), str(data), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / CHECKPOINT).exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    with safe_open(tmp_path / "killed" / CHECKPOINT, "pt") as file:
+        reached = json.loads(file.metadata()["counters"])["images"]
+    assert 0 < reached < config.images
+    assert subprocess.run(command, env=environment).returncode == 0
+    train(data, tmp_path / "whole", config, device="cpu", progress=False)
+
+    killed, whole = tensors(tmp_path / "killed"), tensors(tmp_path / "whole")
+    assert killed.keys() == whole.keys()
+    assert [name for name in whole if not torch.equal(killed[name], whole[name])] == []
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed/log.jsonl").read_text().splitlines()]
+    assert steps == [20, 40, 60]
+
+
+def test_a_run_can_be_lengthened_but_not_changed(data: Path, tmp_path: Path) -> None:
+    short = dataclasses.replace(RUN, images=18)
+    train(data, tmp_path, short, device="cpu", progress=False)
+    with pytest.raises(ValueError, match=r"another run: lr_generator was 0\.0001 and is 0\.5"):
+        train(data, tmp_path, dataclasses.replace(short, lr_generator=0.5), device="cpu", progress=False)
+    train(data, tmp_path, dataclasses.replace(short, images=27), device="cpu", progress=False)
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+        assert json.loads(file.metadata()["counters"])["images"] == 27
+
+
+def test_a_run_leaves_a_model_a_log_and_pictures(data: Path, tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    generator = train(data, tmp_path, RUN, device="cpu", progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    loaded = IterativeGenerator.from_pretrained(tmp_path / "model")
+    scene = ["red cube", "blue sphere"]
+    assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), generator.buffers(), strict=True))
+    drawn = generator.generate(scene, seed=1).tensor  # in channels_last, hence not the very same bits
+    torch.testing.assert_close(loaded.generate(scene, seed=1).tensor, drawn, rtol=0, atol=1e-5)
+    assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["000000072.png"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_diverged_run_names_its_last_good_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_reconstruction_errors", lambda self, fake, batch: fake.sum((1, 2, 3)) / 0)
+    with pytest.raises(TrainingDiverged, match="there is no checkpoint yet"):
+        train(data, tmp_path, dataclasses.replace(RUN, reconstruction_images=1000), device="cpu", progress=False)
+
+
+def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut_back(tmp_path: Path) -> None:
+    lines = [{"step": s, "images": 9 * s} for s in (20, 40, 60)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 80, "ima')
+    with RunLog(tmp_path, images=400):
+        pass
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [20, 40]
+
+
+def test_data_of_another_size_is_refused(data: Path, tmp_path: Path) -> None:
+    large = dataclasses.replace(RUN, generator=dataclasses.replace(RUN.generator, image_size=128))
+    with pytest.raises(ValueError, match=r"condgan prepare DATA_DIR --image-size 128"):
+        train(data, tmp_path, large, device="cpu", progress=False)
+
+
+def test_a_damaged_checkpoint_or_a_file_for_a_folder_says_what_to_do(data: Path, tmp_path: Path) -> None:
+    (tmp_path / CHECKPOINT).write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"is damaged .* delete it to start the run again"):
+        train(data, tmp_path, RUN, device="cpu", progress=False)
+    with pytest.raises(OSError, match="out: cannot make the folder"):
+        train(data, tmp_path / CHECKPOINT, RUN, device="cpu", progress=False)
+
+
+def test_a_run_can_start_from_trained_networks(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "first", dataclasses.replace(RUN, images=18), device="cpu", progress=False)
+    config = dataclasses.replace(
+        RUN,
+        images=9,
+        lr_reconstruction=0.0,
+        init_generator=str(tmp_path / "first/model"),
+        init_discriminator=str(tmp_path / "first/discriminator"),
+    )
+    train(data, tmp_path / "second", config, device="cpu", progress=False)
+    first, second = (IterativeGenerator.from_pretrained(tmp_path / run / "model") for run in ("first", "second"))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"init_generator: .* has the configuration"):
+        train(data, tmp_path / "third", dataclasses.replace(PRESETS["compact"], init_generator=config.init_generator))

@@ -1,0 +1,71 @@
+"""Models and runs small enough for tests, and what the tests of drawing share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator
+from condgan.training import TrainConfig
+
+COMPACT = GeneratorConfig(
+    width=4, z_dim=6, condition_dim=12, output="blend", places=True, noise_in_norm=True, light_components=3
+)
+REFERENCE = GeneratorConfig(width=4, z_dim=6, condition_dim=12)
+SCENES = [
+    ["red cube"],
+    ["gray sphere", "blue cylinder"],
+    ["cyan cube", "red cube", "green sphere"],
+    ["yellow cylinder", "yellow cube", "brown sphere"],
+    ["purple sphere"],
+    ["blue cylinder", "gray sphere"],
+    ["red cube", "green cube"],
+]
+RUN = TrainConfig(
+    generator=GeneratorConfig(
+        width=4, z_dim=4, condition_dim=8, output="blend", places=True, noise_in_norm=True, light_components=2
+    ),
+    discriminator=DiscriminatorConfig(image_size=32, width=4, condition_dim=8, places=True, spectral_norm=False),
+    objective="relativistic",
+    images=72,
+    reconstruction_images=36,
+    batch_scenes=3,
+    candidates=2,
+    penalty_interval=2,
+    own_pictures=1.0,
+    preservation_weight=1.0,
+    bf16=False,
+)
+
+
+def lively_generator(config: GeneratorConfig, seed: int = 0) -> IterativeGenerator:
+    """A generator whose every part matters: no weight or statistic is that of a fresh one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        generator = IterativeGenerator(config).eval()
+        for parameter in generator.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        for module in generator.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
+                module.running_mean += 0.1 * torch.randn_like(module.running_mean)
+                module.running_var += 0.3 * torch.rand_like(module.running_var)
+        assert generator.conv.bias is not None
+        nn.init.zeros_(generator.conv.bias)  # half of each new picture is drawn, half of it is the previous one
+        generator.canvas.mean += 0.3 * torch.randn_like(generator.canvas.mean)
+        generator.canvas.components += 0.1 * torch.randn_like(generator.canvas.components)
+        generator.canvas.grain_std += 0.05
+    return generator
+
+
+def differ(first: Tensor, second: Tensor) -> bool:
+    """Whether more than a few pixels of two pictures differ by more than a grey level."""
+    return ((first - second).abs() > 2 / 255).float().mean().item() > 0.05
+
+
+def gradient_picture(size: tuple[int, int]) -> Image.Image:
+    width, height = size
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, 255 - x], 2).astype(np.uint8))
