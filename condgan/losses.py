@@ -336,8 +336,8 @@ OBJECTIVES: dict[str, Objective] = {
             generator_needs_real=True,
             aux_weight_discriminator=1.0,
             aux_weight_generator=1.0,
-            r1_weight=0.003,
-            r2_weight=0.003,
+            r1_weight=0.001,
+            r2_weight=0.001,
         ),
     )
 }

@@ -6,7 +6,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,7 @@ def train(
         DatasetError: the data cannot be read.
         ValueError: ``out`` holds another run, or the data does not fit the configuration.
         TrainingDiverged: several steps in a row were not finite; the last checkpoint is good.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written.
     """
     out = Path(out)
     dataset = SceneDataset(data, "train")
@@ -79,6 +83,7 @@ def train(
     if resuming:
         _load_checkpoint(trainer, checkpoint)
     with (
+        _stop_requests() as stop_requests,
         RunLog(out, trainer.images) as log,
         tqdm(
             total=config.images, initial=trainer.images, unit="img", desc=str(out), disable=not progress, smoothing=0.05
@@ -92,17 +97,34 @@ def train(
                 bar.update(trainer.images - before)
                 log.add(trainer.step, trainer.images, trainer.skipped, losses)
                 if trainer.step % LOG_INTERVAL == 0:
-                    bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+                    skipped = [f"skipped {trainer.skipped}"] if trainer.skipped else []
+                    bar.set_postfix_str(" ".join([f"{name} {value:.3f}" for name, value in losses.items()] + skipped))
+                if stop_requests:
+                    _save_run(trainer, out)
+                    raise KeyboardInterrupt
                 if time.monotonic() - saved > checkpoint_seconds:
                     _save_run(trainer, out)
                     saved = time.monotonic()
         except TrainingDiverged as error:
             kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
             raise TrainingDiverged(f"{error}; {kept}") from None
-        except KeyboardInterrupt:
-            _save_run(trainer, out)
-            raise
         return _save_run(trainer, out)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT (Ctrl-C) and SIGTERM, which would break off in the middle of a step; main thread only."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, frame: received.append(number)) for number in signals]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(signals, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def _fresh_networks(config: TrainConfig) -> tuple[IterativeGenerator, DiffDiscriminator]:

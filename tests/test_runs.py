@@ -62,6 +62,30 @@ def test_a_killed_run_goes_on_to_the_very_same_numbers(data: Path, tmp_path: Pat
     assert steps == [20, 40, 60]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_finishes_its_step_first(
+    number: signal.Signals, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimize = Trainer._optimize
+
+    def stop_in_the_middle(trainer: Trainer, loss: torch.Tensor, *names: str) -> None:
+        optimize(trainer, loss, *names)
+        if trainer.step == 5:  # of the adversarial stage, between the discriminator's update and the generator's
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_optimize", stop_in_the_middle)
+        train(data, tmp_path / "stopped", RUN, device="cpu", progress=False)
+    assert signal.getsignal(number) is before
+    with safe_open(tmp_path / "stopped" / CHECKPOINT, "pt") as file:
+        assert json.loads(file.metadata()["counters"])["step"] == 6
+    train(data, tmp_path / "stopped", RUN, device="cpu", progress=False)
+    train(data, tmp_path / "whole", RUN, device="cpu", progress=False)
+    stopped, whole = tensors(tmp_path / "stopped"), tensors(tmp_path / "whole")
+    assert [name for name in whole if not torch.equal(stopped[name], whole[name])] == []
+
+
 def test_a_run_can_be_lengthened_but_not_changed(data: Path, tmp_path: Path) -> None:
     short = dataclasses.replace(RUN, images=18)
     train(data, tmp_path, short, device="cpu", progress=False)
