@@ -258,6 +258,8 @@ def _field_value(field: str, text: str, hint: Any) -> Any:
     """
     if get_origin(hint) is tuple:
         return tuple(_field_value(field, item.strip(), get_args(hint)[0]) for item in text.split(","))
+    if type(None) in get_args(hint):  # such as `str | None`
+        return None if text.lower() == "none" else _field_value(field, text, get_args(hint)[0])
     words = {"true": True, "false": False} if hint is bool else {word: word for word in get_args(hint)}
     if words:
         if text.lower() not in words:

@@ -520,13 +520,17 @@ def test_train_changes_fields_of_a_preset(run: Run, asked: list[tuple[Any, ...]]
         *("--set", "generator.places=false", "--set", "discriminator.places=false"),  # they have to agree
         *("--set", "generator.objects=red cube, blue sphere", "--set", "discriminator.objects=red cube, blue sphere"),
         *("--set", "discriminator.image_size=64"),
+        *("--set", "init_generator=iclevr-64", "--set", "init_discriminator=none"),
     )
     run("train", "--data", "data", "--out", "run", *fields, "--images", 1000, "--seed", 3, "--batch-scenes", 2)
     ((data, out, config, options),) = asked
     assert (data, out) == (Path("data"), Path("run"))
     assert options == {"device": None, "progress": False}
     changed = {name for name in vars(config) if getattr(config, name) != getattr(PRESETS["compact"], name)}
-    assert changed == {"generator", "discriminator", "lr_generator", "bf16", "images", "seed", "batch_scenes"}
+    assert changed == {
+        *("generator", "discriminator", "init_generator", "lr_generator", "bf16", "images", "seed", "batch_scenes")
+    }
+    assert (config.init_generator, config.init_discriminator) == ("iclevr-64", None)
     assert (config.lr_generator, config.bf16, config.images, config.seed, config.batch_scenes) == (
         7e-4,
         False,
