@@ -174,12 +174,19 @@ class PreviousImageEncoder(nn.Module):
 
 
 class PlaceModel(nn.Module):
-    """Where a new object may stand: a distribution over cells of 2x2 pixels, given the picture and the condition.
+    """Where a new object may stand: a mixture over cells of 2x2 pixels, given the picture and the condition.
+
+    Every cell has a probability, and x and y in the cell have Kumaraswamy distributions, from uniform (a fresh model)
+    to a peak: in i-CLEVR a first object's place is known to a fraction of a pixel, a later one's hardly at all.
 
     Shape:
         image: (N, 3, H, W) in [-1, 1].
         condition: (N, D).
-        output: (N, H / 2, W / 2) logits, one softmax over all cells.
+        output: logits (N, H / 2, W / 2), one softmax over all cells; and log a and log b, (N, 2, H / 2, W / 2) each, of
+            the distributions of x and y in each cell, which goes from 0 to 1.
+
+    Source: mixture density networks, Bishop 1994; Kumaraswamy 1980, "A generalized probability density function for
+    double-bounded random processes".
     """
 
     cell = 2
@@ -193,34 +200,48 @@ class PlaceModel(nn.Module):
         self.condition = nn.Linear(condition_dim, channels)
         self.conv4 = nn.Conv2d(2 * channels, channels, 3, padding=1)
         self.conv5 = nn.Conv2d(channels, 1, 1)
+        self.point = nn.Conv2d(channels, 4, 1)
+        nn.init.zeros_(self.point.weight)
+        nn.init.zeros_(self.point.bias)
         self.prior = nn.Parameter(torch.zeros(image_size // self.cell, image_size // self.cell))
 
-    def forward(self, image: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, image: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fine = F.relu(self.conv1(image))  # (N, channels, H/2, W/2)
         coarse = F.relu(self.conv2(fine))  # (N, channels, H/4, W/4)
         coarse = coarse + F.relu(self.conv3(coarse) + self.condition(condition)[:, :, None, None])
         x = torch.cat((fine, F.interpolate(coarse, scale_factor=2, mode="nearest")), 1)
-        return self.conv5(F.relu(self.conv4(x)))[:, 0] + self.prior
+        x = F.relu(self.conv4(x))  # (N, channels, H/2, W/2)
+        log_a, log_b = self.point(x).clamp(-1, 6).chunk(2, 1)
+        return self.conv5(x)[:, 0] + self.prior, log_a, log_b
 
     def loss(self, image: Tensor, condition: Tensor, place: Tensor) -> Tensor:
-        """Negative log-likelihood (N,) in nats of true places (N, 2), in pixels."""
+        """Negative log-likelihood (N,) in nats of true places (N, 2), in pixels, against uniform ones in a cell."""
         _check_shape("place", place, len(image), 2)
-        logits = self(image, condition)
-        column, row = (place / self.cell).long().clamp(0, logits.shape[-1] - 1).unbind(1)
-        return F.cross_entropy(logits.flatten(1), row * logits.shape[-1] + column, reduction="none")
+        logits, log_a, log_b = self(image, condition)
+        corner = (place / self.cell).long().clamp(0, logits.shape[-1] - 1)  # (N, 2)
+        cell = corner[:, 1] * logits.shape[-1] + corner[:, 0]
+        log_a, log_b = self._of_cell(log_a, cell), self._of_cell(log_b, cell)
+        point = (place / self.cell - corner).clamp(1e-3, 1 - 1e-3)  # (N, 2)
+        a, b = log_a.exp(), log_b.exp()
+        density = log_a + log_b + (a - 1) * point.log() + (b - 1) * torch.log1p(-(point**a))
+        return F.cross_entropy(logits.flatten(1), cell, reduction="none") - density.sum(1)
 
     def sample(self, image: Tensor, condition: Tensor, uniform: Tensor) -> Tensor:
-        """Places (N, 2) in pixels, from (N, 3) uniform numbers in [0, 1): one for the cell, two for the point in it.
-
-        A cell is what :meth:`loss` takes for it: x and y from twice its number up to twice the next.
-        """
+        """Places (N, 2) in pixels, from (N, 3) uniform numbers in [0, 1): one for the cell, two for the point."""
         _check_shape("uniform", uniform, len(image), 3)
-        logits = self(image, condition)
+        logits, log_a, log_b = self(image, condition)
         total = logits.flatten(1).double().softmax(1).cumsum(1)
         cell = torch.searchsorted(total, uniform[:, :1].double() * total[:, -1:], right=True)
         cell = cell.clamp(max=total.shape[1] - 1)
         corner = torch.cat((cell % logits.shape[-1], cell // logits.shape[-1]), 1)
-        return ((corner + uniform[:, 1:]) * self.cell).clamp(max=image.shape[-1] - 1)
+        a, b = (self._of_cell(log, cell[:, 0]).float().exp() for log in (log_a, log_b))
+        point = (1 - (1 - uniform[:, 1:]) ** (1 / b)) ** (1 / a)  # the inverse of the distribution function
+        return ((corner + point) * self.cell).clamp(max=image.shape[-1] - 1)
+
+    @staticmethod
+    def _of_cell(x: Tensor, cell: Tensor) -> Tensor:
+        """(N, 2, h, w) and numbers of cells (N,) to (N, 2)."""
+        return x.flatten(2)[torch.arange(len(cell), device=cell.device), :, cell]
 
 
 class IterativeGenerator(PretrainedModel):

@@ -199,7 +199,7 @@ def place_logits(model: PlaceModel, image: Tensor, condition: Tensor) -> Tensor:
     coarse = relu(convolution(model.conv2, fine))
     coarse = coarse + relu(convolution(model.conv3, coarse) + linear(model.condition, condition)[:, :, None, None])
     x = relu(convolution(model.conv4, torch.cat((fine, upsample(coarse)), 1)))
-    return convolution(model.conv5, x)[:, 0] + model.prior
+    return convolution(model.conv5, x)[:, 0] + model.prior  # the points in the cells: tests/test_models.py
 
 
 def generate_turn(

@@ -288,7 +288,7 @@ def test_place_logits_equal_the_plain_version() -> None:
     model = randomise(PlaceModel(32, 5, channels=4)).double()
     image = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
     condition = torch.randn(2, 5, dtype=torch.float64)
-    torch.testing.assert_close(model(image, condition), reference.place_logits(model, image, condition))
+    torch.testing.assert_close(model(image, condition)[0], reference.place_logits(model, image, condition))
 
 
 # The condition network
@@ -658,13 +658,36 @@ def test_what_is_drawn_most_often_is_what_the_loss_likes_best() -> None:
     torch.manual_seed(0)
     model = randomise(PlaceModel(32, 5))
     nn.init.normal_(model.prior, std=3.0)
+    nn.init.zeros_(model.point.weight)
+    nn.init.zeros_(model.point.bias)
     image, condition = torch.rand(1, 3, 32, 32).expand(500, -1, -1, -1), torch.randn(1, 5).expand(500, -1)
     places = model.sample(image, condition, torch.rand(500, 3))
     losses = model.loss(image, condition, places)
-    entropy = -(
-        model(image[:1], condition[:1]).flatten().softmax(0) * model(image[:1], condition[:1]).flatten().log_softmax(0)
-    )
+    logits = model(image[:1], condition[:1])[0].flatten()
+    entropy = -(logits.softmax(0) * logits.log_softmax(0))
     assert abs(losses.mean() - entropy.sum()) < 4 * losses.std() / 500**0.5  # cross-entropy of a model with itself
+
+
+def test_the_point_in_a_cell_is_drawn_as_the_loss_says() -> None:
+    """Kumaraswamy by hand: a share of 1 - (1 - x^a)^b lies below x, and the density integrates to one."""
+    model = peaked_place_model()
+    with torch.no_grad():
+        model.prior.fill_(-math.inf)
+        model.prior[3, 11] = 0.0
+        model.point.bias.copy_(torch.tensor([math.log(3.0), 0.0, math.log(2.0), math.log(5.0)]))  # log a (x, y), log b
+        n = 4000
+        uniform = torch.rand(n, 3, generator=torch.Generator().manual_seed(0))
+        places = model.sample(torch.zeros(n, 3, 32, 32), torch.zeros(n, 5), uniform)
+    points = places / 2 - torch.tensor([11, 3])
+    assert ((points >= 0) & (points <= 1)).all()
+    below = (points < torch.tensor([0.6, 0.2])).float().mean(0)
+    expected = torch.tensor([1 - (1 - 0.6**3) ** 2, 1 - (1 - 0.2**1) ** 5])
+    torch.testing.assert_close(below, expected, atol=0.03, rtol=0)
+    steps = (torch.arange(100) + 0.5) / 100
+    grid = torch.cartesian_prod(steps, steps)
+    places = (grid + torch.tensor([11, 3])) * 2
+    losses = model.loss(torch.zeros(len(grid), 3, 32, 32), torch.zeros(len(grid), 5), places)
+    torch.testing.assert_close(losses.neg().exp().mean(), torch.tensor(1.0), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("bad", ["place", "uniform"])

@@ -70,8 +70,8 @@ def test_the_default_model_draws_what_it_is_asked_for(generator: IterativeGenera
     images = draw_turns(generator, scenes, range(60)).images[:, -1]
     asked = torch.stack([generator.vocabulary.multi_hot(scene) for scene in scenes])
     logits = SceneClassifier.from_pretrained().probabilities(images).logit(1e-6)
-    assert multilabel_accuracy(logits, asked) > 0.93
-    assert exact_set(logits, asked).float().mean() > 0.8
+    assert multilabel_accuracy(logits, asked) > 0.96
+    assert exact_set(logits, asked).float().mean() > 0.88
     assert multilabel_accuracy(logits, asked.roll(1, 0)) < 0.5  # the measure can fail
 
 

@@ -145,7 +145,7 @@ def test_a_place_that_cannot_be_written_is_named(compact: IterativeGenerator, tm
         ("file/scene.png", "Not a directory"),
         ("folder.png", "Is a directory"),
     ):
-        with pytest.raises(OSError, match=rf"cannot write '{tmp_path / path}': {reason}"):
+        with pytest.raises(OSError, match=rf"cannot write '{tmp_path / path}' \({reason}.*yours to write"):
             result.save(tmp_path / path)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.png"}
 
