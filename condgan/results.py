@@ -185,7 +185,7 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, object]) -> N
     except OSError as error:
         raise OSError(
             f"cannot write {str(path)!r} ({error.strerror or error}): "
-            "name a file in a folder that is there and yours to write"
+            "the folder must be there, be yours to write and have space"
         ) from error
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is of a format that cannot hold this picture: {error}") from error

@@ -162,7 +162,7 @@ def test_a_write_that_fails_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", run_out_of_space)
-    with pytest.raises(OSError, match=r"cannot write '.*scene\.png': No space left on device"):
+    with pytest.raises(OSError, match=r"cannot write '.*scene\.png' \(No space left on device\): the folder must"):
         result.save(tmp_path / "scene.png")
     assert (tmp_path / "scene.png").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["scene.png"]
