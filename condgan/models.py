@@ -201,8 +201,8 @@ class PlaceModel(nn.Module):
         self.conv4 = nn.Conv2d(2 * channels, channels, 3, padding=1)
         self.conv5 = nn.Conv2d(channels, 1, 1)
         self.point = nn.Conv2d(channels, 4, 1)
-        nn.init.zeros_(self.point.weight)
-        nn.init.zeros_(self.point.bias)
+        for parameter in self.point.parameters():
+            nn.init.zeros_(parameter)
         self.prior = nn.Parameter(torch.zeros(image_size // self.cell, image_size // self.cell))
 
     def forward(self, image: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
