@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,16 +72,15 @@ def train(
     except OSError as error:
         raise OSError(f"out: cannot make the folder {str(out)!r} ({error.strerror}): choose another") from None
     checkpoint = out / CHECKPOINT
-    resuming = checkpoint.exists()
+    stored = _read_checkpoint(checkpoint, config) if checkpoint.exists() else None
     generator, discriminator = _fresh_networks(config)
-    if resuming:
-        tensors = _read_checkpoint(checkpoint)[1]
+    if stored is not None:
         for name, buffer in generator.canvas.named_buffers():
-            buffer.copy_(tensors[f"generator.canvas.{name}"])
-    scenes = TrainingScenes(dataset, generator, fit_canvas=not resuming and config.init_generator is None)
+            buffer.copy_(stored.tensors[f"generator.canvas.{name}"])
+    scenes = TrainingScenes(dataset, generator, fit_canvas=stored is None and config.init_generator is None)
     trainer = Trainer(config, scenes, generator.to(device), discriminator.to(device))
-    if resuming:
-        _load_checkpoint(trainer, checkpoint)
+    if stored is not None:
+        _restore(trainer, stored)
     with (
         _stop_requests() as stop_requests,
         RunLog(out, trainer.images) as log,
@@ -184,14 +183,16 @@ def _save_checkpoint(trainer: Trainer, path: Path) -> None:
     os.replace(partial, path)
 
 
-def _load_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Go on from :func:`_save_checkpoint`: the steps that follow give the numbers they would have given.
+class StoredRun(NamedTuple):
+    """What :func:`_save_checkpoint` wrote."""
 
-    Raises:
-        ValueError: the checkpoint is of another run; the message names the settings that differ.
-    """
-    metadata, tensors = _read_checkpoint(path)
-    _check_same_run(json.loads(metadata["config"]), trainer.config, path)
+    counters: dict[str, int]
+    tensors: dict[str, Tensor]
+
+
+def _restore(trainer: Trainer, stored: StoredRun) -> None:
+    """Go on from a checkpoint: the steps that follow give the numbers they would have given."""
+    tensors = stored.tensors
     for name, network in trainer.networks().items():
         prefix = f"{name}."
         network.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
@@ -203,16 +204,24 @@ def _load_checkpoint(trainer: Trainer, path: Path) -> None:
                 index, field_name = key[len(prefix) :].split(".")
                 state.setdefault(int(index), {})[field_name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for name, value in json.loads(metadata["counters"]).items():
-        setattr(trainer, name, value)
+    for name, count in stored.counters.items():
+        setattr(trainer, name, count)
 
 
-def _read_checkpoint(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read_checkpoint(path: Path, config: TrainConfig) -> StoredRun:
+    """Read a checkpoint of a run.
+
+    Raises:
+        ValueError: the file is damaged, or of a run with another ``config``; the message names what differs.
+    """
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}): delete it to start the run again") from None
+    _check_same_run(json.loads(metadata["config"]), config, path)
+    return StoredRun(json.loads(metadata["counters"]), tensors)
 
 
 def _check_same_run(stored: dict[str, Any], config: TrainConfig, path: Path) -> None:
