@@ -1,12 +1,15 @@
 """Draw i-CLEVR scenes one object at a time: small generators with pretrained weights inside the package."""
 
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
+from condgan.counter import ObjectCounter, ObjectCounterConfig
 from condgan.hub import CheckpointError, list_pretrained
 from condgan.models import (
     DiffDiscriminator,
     DiscriminatorConfig,
     GeneratorConfig,
     IterativeGenerator,
+    NoiseEncoder,
+    NoiseEncoderConfig,
 )
 from condgan.results import Drawing, Turn
 from condgan.vocab import Vocabulary
@@ -20,6 +23,10 @@ __all__ = [
     "Drawing",
     "GeneratorConfig",
     "IterativeGenerator",
+    "NoiseEncoder",
+    "NoiseEncoderConfig",
+    "ObjectCounter",
+    "ObjectCounterConfig",
     "SceneClassifier",
     "SceneClassifierConfig",
     "Turn",

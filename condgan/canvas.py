@@ -6,90 +6,139 @@ scene on one fixed canvas must invent the light together with the first object; 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condgan.flow import CouplingFlow
+
 RESIDUAL_THRESHOLD = 8 / 255
 """A pixel further than this from the light model belongs to an object or its shadow (4 grey levels, in [-1, 1])."""
+ASSUMED_NOISE = 1e-5
+"""Variance of grain and rounding that the light is estimated with: 0.16 grey levels squared, in [-1, 1]."""
+RIM = 3
+"""Pixels around an object or a shadow that count as occupied too: their faint edges are below the threshold."""
+SHADOW_THRESHOLD = 50 / 255
+"""A pixel further than this from the light model belongs to an object, not to a soft shadow (25 grey levels)."""
+EDGE_DEVIATIONS = 4
+"""Detail in a shadow that is more standard deviations of grain and rounding from smooth than this is an edge."""
+SMOOTH = 5
+"""Side in pixels of the squares whose mean has no grain."""
+ROUNDING_VARIANCE = (2 / 255) ** 2 / 12
+"""Variance that rounding to 8 bits adds to every value."""
+
+
+class LightEstimate(NamedTuple):
+    """What light N pictures with objects in them were taken in."""
+
+    lit: Tensor
+    """(N, 3, H, W): the empty scene in that light, without grain."""
+    occupied: Tensor
+    """(N, 1, H, W) bool: True at objects and shadows."""
+    scores: Tensor
+    """(N, K): how much of each component the light has."""
 
 
 class Canvas(nn.Module):
-    """A linear model of empty scenes: mean + light @ components + grain.
+    """A model of empty scenes: mean + flow(light) @ components + grain.
 
-    Probabilistic principal components: ``light`` is standard normal, ``grain`` is white noise with a standard
-    deviation of its own at every pixel. Without components it is one fixed picture, and without grain. A fresh canvas
-    is mid-gray.
+    The components are principal ones. How much of each there is depends on the others, since lamps and camera have
+    few ways to move, so a normalising flow makes it from independent numbers. Grain is normal noise, white in space,
+    with a covariance of the three colours at every pixel. It is what a picture has before rounding to 8 bits, so a
+    drawn canvas has to be rounded, once, as a real one was. Without components it is one fixed picture, and without
+    grain. A fresh canvas is mid-gray.
 
     Args:
         image_size: side of the pictures in pixels.
-        num_components: directions in which the light may vary.
+        num_components: directions in which the light may vary, K.
 
     Shape:
-        light: (N, num_components), standard normal.
+        light: (N, K), standard normal.
         grain: (N, 3, H, W), standard normal.
         output: (N, 3, H, W) in [-1, 1].
 
-    Source: Tipping and Bishop 1999, "Probabilistic principal component analysis".
+    Source: Tipping and Bishop 1999, "Probabilistic principal component analysis"; the flow is
+    :class:`condgan.flow.CouplingFlow`.
     """
 
     mean: Tensor
     components: Tensor
-    grain_std: Tensor
+    grain_mix: Tensor
 
     def __init__(self, image_size: int = 64, num_components: int = 0) -> None:
         super().__init__()
         shape = (3, image_size, image_size)
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("components", torch.zeros(num_components, *shape))
-        self.register_buffer("grain_std", torch.zeros(shape))
+        self.register_buffer("grain_mix", torch.zeros(3, *shape))  # (3, 3, H, W): square root of the covariance
+        self.flow = CouplingFlow(num_components) if num_components else None
 
     def forward(self, light: Tensor, grain: Tensor) -> Tensor:
-        lit = self.mean + torch.einsum("nk,kchw->nchw", light, self.components)
-        return (lit + grain * self.grain_std).clamp(-1, 1)
+        scores = light if self.flow is None else self.flow(light)
+        lit = self.mean + torch.einsum("nk,kchw->nchw", scores, self.components)
+        return (lit + self._coloured(grain)).clamp(-1, 1)
 
     def extra_repr(self) -> str:
         return f"image_size={self.mean.shape[-1]}, num_components={len(self.components)}"
 
-    def estimate_light(self, images: Tensor, iterations: int = 4) -> tuple[Tensor, Tensor]:
+    def estimate_light(self, images: Tensor, iterations: int = 4) -> LightEstimate:
         """Find the light of pictures with objects in them, by least squares on the pixels that it explains.
 
         Args:
             images: (N, 3, H, W) in [-1, 1].
             iterations: rounds of fitting the light and setting aside what it does not explain.
-
-        Returns:
-            The empty scene (N, 3, H, W) in that light, without grain; and (N, 1, H, W) bool, True at objects and
-            shadows.
         """
-        basis = self.components.flatten(1)  # (K, P)
-        centred = (images - self.mean).flatten(1)  # (N, P)
-        lit = self.mean.expand_as(images)
-        occupied = _central_box(images.shape[-1]).to(images.device).expand(len(images), 1, -1, -1)
+        count, n = len(self.components), len(images)
+        basis = self.components.flatten(2)  # (K, 3, P)
+        products = torch.einsum("kcp,lcp->pkl", basis, basis).flatten(1)  # (P, K * K)
+        centred = (images - self.mean).flatten(2)  # (N, 3, P)
+        occupied = _central_box(images.shape[-1]).to(images.device).expand(n, 1, -1, -1)
         for _ in range(iterations):
-            weight = (~occupied).expand_as(images).flatten(1).float()
-            normal = torch.einsum("kp,np,lp->nkl", basis, weight, basis)
-            normal = normal + 1e-4 * torch.eye(len(basis), device=images.device)
-            light = torch.linalg.solve(normal, (weight * centred) @ basis.T)
-            lit = self.mean + (light @ basis).view_as(images)
+            weight = (~occupied).flatten(2).float()  # (N, 1, P)
+            normal = (weight[:, 0] @ products).view(n, count, count)
+            normal = normal + ASSUMED_NOISE * torch.eye(count, device=images.device)
+            scores = torch.linalg.solve(normal, (weight * centred).flatten(1) @ basis.flatten(1).T)
+            lit = self.mean + (scores @ basis.flatten(1)).view_as(images)
             strange = ((images - lit).abs().amax(1, keepdim=True) > RESIDUAL_THRESHOLD).float()
             alone = F.avg_pool2d(strange, 3, 1, 1) < 0.3  # specks of grain are not objects
-            occupied = F.max_pool2d(strange.masked_fill(alone, 0), 3, 1, 1) > 0
-        return lit, occupied
+            occupied = F.max_pool2d(strange.masked_fill(alone, 0), 2 * RIM + 1, 1, RIM) > 0
+        return LightEstimate(lit, occupied, scores)
 
     def remove_objects(self, images: Tensor) -> Tensor:
-        """Pictures (N, 3, H, W) in [-1, 1] with objects and shadows replaced by the estimated empty floor."""
-        return torch.cat([torch.where(occupied, lit, chunk) for chunk, lit, occupied in self._estimates(images)])
+        """The scenes without what stands in them: the empty floor in a picture's own light, with grain.
+
+        What is not occupied stays as it is. Soft shadows are lifted off their grain: a floor keeps its grain when a
+        shadow falls on it, so a picture and its empty scene must share it. Under objects and at the edges of shadows
+        the grain comes from one fixed random source, in the order of the pictures.
+
+        Args:
+            images: (N, 3, H, W) in [-1, 1].
+        """
+        rng = torch.Generator().manual_seed(0)
+        grain_std = (self.grain_mix.square().sum(1) + ROUNDING_VARIANCE).sqrt()  # (3, H, W)
+        empty = []
+        for chunk, estimate in self._estimates(images):
+            rest = chunk - estimate.lit
+            detail = rest - _smooth(rest)
+            edge = (rest.abs() > SHADOW_THRESHOLD) | (detail.abs() > EDGE_DEVIATIONS * grain_std)
+            near_edge = F.max_pool2d(edge.any(1, keepdim=True).float(), SMOOTH, 1, SMOOTH // 2) > 0
+            drawn = self._coloured(torch.randn(chunk.shape, generator=rng).to(chunk.device))
+            floor = (estimate.lit + torch.where(near_edge, drawn, detail)).clamp(-1, 1)
+            empty.append(torch.where(estimate.occupied, floor, chunk))
+        return torch.cat(empty)
 
     @torch.no_grad()
-    def fit(self, first_images: Tensor, iterations: int = 5) -> None:
+    def fit(self, first_images: Tensor, iterations: int = 3) -> None:
         """Learn the canvas from pictures with one object at the centre each: a data set's first turns.
 
         Alternates between principal components of the empty scenes and the empty scenes in the light of these
-        components; what no scene shows, under every object, is interpolated from around it.
+        components; what no scene shows, under every object, is interpolated from around it. Then the distribution of
+        the light and the grain are learned from what was found.
 
         Args:
-            first_images: (S, 3, H, W) in [-1, 1], more than ``num_components`` of them.
+            first_images: (S, 3, H, W) in [-1, 1], of 8 bits, more than ``num_components`` of them.
             iterations: rounds of the alternation.
 
         Raises:
@@ -104,27 +153,89 @@ class Canvas(nn.Module):
         for _ in range(iterations):
             self.mean.copy_(empty.mean(0))
             if count:
-                centred = (empty - self.mean).flatten(1)  # (S, P)
-                for _ in range(4):  # subspace iteration
-                    basis = torch.linalg.qr(centred.T @ (centred @ basis)).Q
-                scores = centred @ basis
-                _, values, rotation = torch.linalg.svd(scores, full_matrices=False)
-                directions = rotation @ basis.T * (values / len(empty) ** 0.5)[:, None]
-                self.components.copy_(directions.view_as(self.components))
-            empty = self.remove_objects(first_images)
-        if not count:  # one fixed picture: what varies is light that this canvas does not know, not grain
-            self.grain_std.zero_()
+                basis = self._fit_components(empty, basis)
+            estimates = self._estimates(first_images)
+            empty = torch.cat([chunk.where(~found.occupied, found.lit) for chunk, found in estimates])
+        self.grain_mix.zero_()
+        if self.flow is None:  # one fixed picture: what varies is light that this canvas does not know, not grain
             return
-        squares = torch.zeros_like(self.mean)
-        visible = torch.zeros_like(self.mean[:1])
-        for images, lit, occupied in self._estimates(first_images):
-            squares += (images - lit).square().masked_fill(occupied, 0).sum(0)
-            visible += (~occupied).sum(0)
-        typical = (squares.sum() / visible.sum() / 3).sqrt()
-        self.grain_std.copy_(torch.where(visible > 30, (squares / visible.clamp(min=1)).sqrt(), typical))
+        self._fit_grain(estimates)
+        scores = torch.cat([found.scores for _, found in estimates])
+        centre, spread = scores.mean(0), scores.std(0, correction=0).clamp(min=1e-6)
+        self.mean += torch.einsum("k,kchw->chw", centre, self.components)
+        self.components *= spread[:, None, None, None]
+        self.flow.fit((scores - centre) / spread)
 
-    def _estimates(self, images: Tensor, batch_size: int = 128) -> list[tuple[Tensor, Tensor, Tensor]]:
-        return [(chunk, *self.estimate_light(chunk)) for chunk in images.split(batch_size)]
+    def _fit_components(self, empty: Tensor, basis: Tensor) -> Tensor:
+        """Principal components of pictures around the mean, by subspace iteration from ``basis`` (P, K) to a new."""
+        centred = (empty - self.mean).flatten(1)  # (S, P)
+        for _ in range(4):
+            basis = torch.linalg.qr(centred.T @ (centred @ basis)).Q
+        _, values, rotation = torch.linalg.svd(centred @ basis, full_matrices=False)
+        directions = rotation @ basis.T * (values / len(empty) ** 0.5)[:, None]
+        self.components.copy_(directions.view_as(self.components))
+        return basis
+
+    def _fit_grain(self, estimates: list[tuple[Tensor, LightEstimate]]) -> None:
+        """Learn what the light leaves: its mean at every pixel, and the covariance of its colours.
+
+        A pixel that is seen in less than half of the pictures takes the mean covariance of the others.
+        """
+        sums = torch.zeros_like(self.mean)
+        products = torch.zeros_like(self.grain_mix)
+        visible = torch.zeros_like(self.mean[0])
+        for images, found in estimates:
+            rest = (images - found.lit).masked_fill(found.occupied, 0)
+            sums += rest.sum(0)
+            products += torch.einsum("nchw,ndhw->cdhw", rest, rest)
+            visible += (~found.occupied).sum((0, 1))
+        scenes = sum(len(images) for images, _ in estimates)
+        often = visible > max(30, scenes / 2)  # elsewhere faint shadows are left too
+        seen = visible > max(30, scenes / 50)
+        self.mean += torch.where(seen, sums / visible.clamp(min=1), 0)
+        self._fill_pattern(seen)
+        known = often if often.any() else visible > 0
+        typical = products[:, :, known].sum(2) / visible[known].sum()
+        covariance = torch.where(often, products / visible.clamp(min=1), typical[:, :, None, None])
+        covariance = covariance.permute(2, 3, 0, 1) - ROUNDING_VARIANCE * torch.eye(3, device=visible.device)
+        self.grain_mix.copy_(_square_root(covariance).permute(2, 3, 0, 1))
+
+    def _fill_pattern(self, seen: Tensor) -> None:
+        """Give the floor that no picture shows a pattern like the one around it.
+
+        Most of the grain is the same in every scene and so a part of the mean, which is smooth where objects stand.
+
+        Args:
+            seen: (H, W) bool, pixels whose pattern is known.
+        """
+        smooth = _smooth(self.mean[None])[0]
+        hidden = (~seen)[None].float()
+        reach = SMOOTH // 2
+        around = F.max_pool2d(hidden, 6 * reach + 1, 1, 3 * reach) - F.max_pool2d(hidden, SMOOTH, 1, reach) > 0
+        known = (self.mean - smooth)[:, around[0]]  # (3, P)
+        if known.shape[1] < 3:
+            return
+        covariance = known @ known.T / known.shape[1] * (SMOOTH**2 / (SMOOTH**2 - 1))
+        noise = torch.randn(self.mean.shape, generator=torch.Generator().manual_seed(0)).to(self.mean.device)
+        pattern = torch.einsum("cd,dhw->chw", _square_root(covariance), noise)
+        self.mean.copy_(torch.where(seen, self.mean, smooth + pattern))
+
+    def _coloured(self, grain: Tensor) -> Tensor:
+        return torch.einsum("cdhw,ndhw->nchw", self.grain_mix, grain)
+
+    def _estimates(self, images: Tensor, batch_size: int = 128) -> list[tuple[Tensor, LightEstimate]]:
+        return [(chunk, self.estimate_light(chunk)) for chunk in images.split(batch_size)]
+
+
+def _smooth(images: Tensor) -> Tensor:
+    """Means over squares of side :data:`SMOOTH`: (N, C, H, W) to the same."""
+    return F.avg_pool2d(F.pad(images, [SMOOTH // 2] * 4, mode="replicate"), SMOOTH, 1)
+
+
+def _square_root(covariance: Tensor) -> Tensor:
+    """The symmetric roots (..., C, C) of covariances; variances below zero count as zero."""
+    variances, axes = torch.linalg.eigh(covariance)
+    return (axes * variances.clamp(min=0).sqrt()[..., None, :]) @ axes.mT
 
 
 def _central_box(size: int) -> Tensor:

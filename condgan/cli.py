@@ -80,18 +80,25 @@ def _generate(args: argparse.Namespace) -> Report:
     from condgan.models import IterativeGenerator
 
     generator = IterativeGenerator.from_pretrained(args.model)
-    drawing = generator.generate(args.objects, num_images=args.num, seed=args.seed, at=args.at, best_of=args.best_of)
-    return _save(drawing, args)
+    return _save(generator.generate(args.objects, **_drawing_options(args)), args)
 
 
 def _add(args: argparse.Namespace) -> Report:
     from condgan.models import IterativeGenerator
 
     generator = IterativeGenerator.from_pretrained(args.model)
-    drawing = generator.add(
-        args.image, args.objects, num_images=args.num, seed=args.seed, at=args.at, best_of=args.best_of
-    )
-    return _save(drawing, args)
+    return _save(generator.add(args.image, args.objects, **_drawing_options(args)), args)
+
+
+def _drawing_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``generate`` and ``add`` are both told."""
+    return {
+        "num_images": args.num,
+        "seed": args.seed,
+        "at": args.at,
+        "best_of": args.best_of,
+        "redraw": args.redraw,
+    }
 
 
 def _save(drawing: Drawing, args: argparse.Namespace) -> Report:
@@ -109,8 +116,9 @@ def _save(drawing: Drawing, args: argparse.Namespace) -> Report:
     for i, (file, picture) in enumerate(zip(files, pictures, strict=True)):
         picture["file"] = str(file)
         picture["score"] = None if drawing.scores is None else drawing.scores[i]
+        picture["passes"] = None if drawing.passes is None else drawing.passes[i]
         picture["verified"] = None
-        score = "" if drawing.scores is None else f", score {drawing.scores[i]:.3f}"
+        score = "" if drawing.scores is None else f", score {drawing.scores[i]:.3f}, {picture['passes']} passes"
         lines.append(f"{file}: {', '.join(drawing.conditions[i])}; seed {drawing.seeds[i]}{score}")
         if verified is not None:
             findings = verified[i].items()
@@ -124,16 +132,18 @@ def _save(drawing: Drawing, args: argparse.Namespace) -> Report:
 def _info(args: argparse.Namespace) -> Report:
     from condgan import hub
     from condgan.classifier import SceneClassifier
-    from condgan.models import DiffDiscriminator, IterativeGenerator
+    from condgan.counter import ObjectCounter
+    from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 
     name = str(args.model or IterativeGenerator.default_pretrained)
     folder = hub.find_checkpoint(name)
-    classes = {cls.__name__: cls for cls in (IterativeGenerator, DiffDiscriminator, SceneClassifier)}
+    kinds = (IterativeGenerator, DiffDiscriminator, NoiseEncoder, SceneClassifier, ObjectCounter)
+    classes = {cls.__name__: cls for cls in kinds}
     model = classes.get(_model_type(folder / hub.CONFIG_NAME), IterativeGenerator).from_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     file_bytes = (folder / hub.WEIGHTS_NAME).stat().st_size
     config = dataclasses.asdict(model.config)
-    objects = config.pop("objects")
+    objects = config.pop("objects", ())  # a counter and a noise encoder know no names
     card_file = folder / hub.CARD_NAME
     card = card_file.read_text(encoding="utf-8") if card_file.is_file() else ""
     data = {
@@ -154,8 +164,7 @@ def _info(args: argparse.Namespace) -> Report:
         "",
         *(f"{key:<{width}}  {value}" for key, value in rows),
         "",
-        textwrap.fill(f"{len(objects)} objects: {', '.join(objects)}", 100),
-        "",
+        *([textwrap.fill(f"{len(objects)} objects: {', '.join(objects)}", 100), ""] if objects else []),
         _introduction(card),
     ]
     return Report(data, "\n".join(text).rstrip())
@@ -179,9 +188,10 @@ def _list(args: argparse.Namespace) -> Report:
     from condgan.hub import list_pretrained
     from condgan.models import IterativeGenerator
 
-    types = ("IterativeGenerator", "DiffDiscriminator", "SceneClassifier") if args.all else ("IterativeGenerator",)
+    every = ("IterativeGenerator", "DiffDiscriminator", "NoiseEncoder", "SceneClassifier", "ObjectCounter")
+    types = every if args.all else every[:1]
     models = [{"name": name, "model_type": kind} for kind in types for name in list_pretrained(kind)]
-    lines = [f"{model['name']:<20} {model['model_type']}" if args.all else model["name"] for model in models]
+    lines = [f"{model['name']:<24} {model['model_type']}" if args.all else model["name"] for model in models]
     return Report({"models": models, "default": IterativeGenerator.default_pretrained}, "\n".join(lines))
 
 
@@ -279,22 +289,50 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 def _evaluate(args: argparse.Namespace) -> Report:
     from condgan.evaluation import evaluate
     from condgan.models import IterativeGenerator
+    from condgan.realism import realism_report
+    from condgan.results import save_image
 
+    if args.conditions is None and not args.realism:
+        args.parser.error("the following arguments are required: --conditions (or --realism)")
+    if args.realism and args.data is None:
+        args.parser.error("argument --realism: needs --data, the real pictures to tell the drawn ones from")
+    if args.sheet and not args.realism:
+        args.parser.error("argument --sheet: needs --realism, whose pictures it shows")
+    if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
+        args.parser.error(f"argument --sheet: {str(args.sheet)!r} is not a .png file in a folder that is there")
+    model_name = args.model or IterativeGenerator.default_pretrained
+    data: dict[str, Any] = {"model": model_name}
+    texts = []
     # The file is opened first: nobody wants to hear after an hour that it cannot be written.
     with _written_whole(args.out) if args.out else contextlib.nullcontext() as file:
-        report = evaluate(
-            IterativeGenerator.from_pretrained(args.model),
-            args.conditions,
-            draws=args.draws,
-            judge=args.judge,
-            data=args.data,
-            seed=args.seed,
-            progress=sys.stderr.isatty(),
-            model_name=args.model or IterativeGenerator.default_pretrained,
-        )
+        generator = IterativeGenerator.from_pretrained(args.model)
+        progress = sys.stderr.isatty()
+        if args.conditions is not None:
+            report = evaluate(
+                generator,
+                args.conditions,
+                draws=args.draws,
+                judge=args.judge,
+                data=args.data,
+                best_of=args.best_of,
+                redraw=args.redraw,
+                seed=args.seed,
+                progress=progress,
+                model_name=model_name,
+            )
+            data |= report.to_dict()
+            texts.append(str(report))
+        if args.realism:
+            realism = realism_report(
+                generator, args.data, first_seed=args.seed, progress=progress, model_name=model_name
+            )
+            if args.sheet:
+                save_image(realism.sheet(), args.sheet, {"realism": realism.to_dict()})
+            data["realism"] = realism.to_dict()
+            texts.append(str(realism))
         if file:
-            file.write(json.dumps(report.to_dict(), indent=2) + "\n")
-    return Report(report.to_dict(), str(report))
+            file.write(json.dumps(data, indent=2) + "\n")
+    return Report(data, "\n\n".join(texts))
 
 
 @contextlib.contextmanager
@@ -374,6 +412,9 @@ def _parser() -> argparse.ArgumentParser:
         # draw eight, keep the one that the verifier likes best, say what it found in it;
         # the seed that is printed draws that picture again, alone
         condgan generate "red cube" "blue sphere" --best-of 8 --verify
+
+        # nearly as good and much cheaper: draw only those turns again that failed
+        condgan generate "red cube" "blue sphere" --seed 7 --best-of 8 --redraw turn
         """,
     )
     generate.add_argument("objects", nargs="+", metavar="OBJECT", help='what to draw, such as "red cube"')
@@ -407,7 +448,7 @@ def _parser() -> argparse.ArgumentParser:
         Describe a model.
 
         Its configuration, its size, the objects it knows and the beginning of its card.
-        Generators, discriminators and classifiers alike.
+        Any kind of model of `condgan list --all`, not generators only.
         """,
         """
         condgan info
@@ -431,7 +472,7 @@ def _parser() -> argparse.ArgumentParser:
         condgan list --all
         """,
     )
-    listing.add_argument("--all", action="store_true", help="the classifiers too, and what each model is")
+    listing.add_argument("--all", action="store_true", help="every other kind of model too, and what each is")
 
     prepare = command(
         "prepare",
@@ -466,7 +507,7 @@ def _parser() -> argparse.ArgumentParser:
         RUN gets log.jsonl, checkpoint.safetensors, pictures/ (drawings of the model so far)
         and model/, which every command takes as a model. After an interruption the same
         command goes on. The presets:
-          compact         small, knows places; an hour or two on two CPU cores
+          compact         small, knows places; two to three hours on a CPU
           reference       the networks and the numbers of the reference system
           reference-code  likewise, with the losses of its public code
         """,
@@ -476,7 +517,7 @@ def _parser() -> argparse.ArgumentParser:
         condgan generate "red cube" --model run/model
 
         # a narrower and shorter one; fields as in condgan.training.TrainConfig
-        condgan train --data iclevr --out small --images 100000 \\
+        condgan train --data iclevr --out small --images 200000 \\
             --set generator.width=8 --set lr_generator=1e-4
         """,
     )
@@ -506,21 +547,27 @@ def _parser() -> argparse.ArgumentParser:
 
         Every list of objects in a JSON file is drawn many times. Accuracy is the share of
         asked objects that the judge finds, a classifier that has no other use; its 95 %
-        interval is over lists. With --data, the same judge's numbers for real held-out
-        pictures stand beside, and the Frechet distances to them.
+        interval is over lists. With --data, the same numbers for real held-out pictures stand
+        beside, and how far the drawn pictures are from the real ones in look and in layout.
+        Controls, drawn pictures under wrong lists and empty scenes, show what each measure
+        can see; docs/evaluation.md defines them all. About 5 minutes on one CPU core.
+        --realism, with or without --conditions, says how often a fresh classifier tells drawn
+        pictures from real ones; about 12 minutes on two CPU cores.
         """,
         """
         condgan evaluate --conditions iclevr/test.json --draws 64
         condgan evaluate run/model --conditions iclevr/test.json --data iclevr --json --out test-report.json
+
+        # how real the pictures look, and those that give themselves away
+        condgan evaluate --realism --data iclevr --sheet sheet.png
         """,
     )
     _add_model(evaluate, "model", nargs="?", metavar="MODEL")
     evaluate.add_argument(
         "--conditions",
         type=Path,
-        required=True,
         metavar="FILE",
-        help='JSON list of lists of names: [["red cube"], ["gray cube", "cyan sphere"]]',
+        help='JSON list of lists of names: [["red cube"], ["gray cube", "cyan sphere"]]; required without --realism',
     )
     evaluate.add_argument("--draws", type=_count, default=64, metavar="N", help="pictures a list (default: 64)")
     evaluate.add_argument(
@@ -528,6 +575,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(evaluate, "--judge", default="judge", metavar="NAME")
     evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
+    _add_best_of(evaluate)
+    evaluate.add_argument("--realism", action="store_true", help="tell drawn pictures from the real ones of --data")
+    evaluate.add_argument(
+        "--sheet", type=Path, metavar="FILE.png", help="write a picture of what --realism is surest about"
+    )
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON object to this file")
     return parser
 
@@ -562,14 +614,25 @@ def _add_drawing_options(parser: argparse.ArgumentParser, out: str) -> None:
         help="centre of an object in pixels from the left and from the top, or `none` to leave it to the model; "
         "give one --at for each object",
     )
-    parser.add_argument(
-        "--best-of", type=_count, default=1, metavar="N", help="draw N candidates and keep the verifier's favourite"
-    )
+    _add_best_of(parser)
     sheet = parser.add_mutually_exclusive_group()
     sheet.add_argument("--turns", action="store_true", help="write one sheet with every turn, one row a picture")
     sheet.add_argument("--grid", action="store_true", help="write one sheet with all pictures")
     parser.add_argument("--verify", action="store_true", help="say which objects the verifier finds")
     _add_model(parser, "--model", metavar="NAME")
+
+
+def _add_best_of(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--best-of", type=_count, default=1, metavar="N", help="draw N candidates and keep the verifier's favourite"
+    )
+    parser.add_argument(
+        "--redraw",
+        choices=("picture", "turn"),
+        default="picture",
+        help="with --best-of: draw N whole pictures, or draw a turn again, up to N times, while the verifier does not "
+        "find the objects asked so far (default: picture)",
+    )
 
 
 def _count(text: str) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, overload
 
@@ -206,6 +208,22 @@ class SceneDataset(Dataset[SceneRecord]):
         images = from_uint8(self.pixels[index])
         objects = torch.nn.functional.one_hot(self.objects[index], len(self.vocabulary)).float()
         return SceneRecord(images, objects, self.names[index])
+
+    def without(self, names: Sequence[str]) -> SceneDataset:
+        """The scenes that hold none of these objects, as a data set of their own; its vocabulary is the whole one.
+
+        Args:
+            names: objects to leave out, such as ``["red cube"]``.
+
+        Raises:
+            ValueError: a name is unknown.
+        """
+        left_out = torch.tensor([self.vocabulary.parse(name) for name in names], dtype=torch.long)
+        keep = ~torch.isin(self.objects, left_out).any(1)  # (S,)
+        rest = copy.copy(self)
+        rest.names = [name for name, kept in zip(self.names, keep.tolist(), strict=True) if kept]
+        rest.objects, rest.pixels = self.objects[keep], self.pixels[keep]
+        return rest
 
     def verify(self) -> None:
         """Compare the whole file with the checksum in its index.

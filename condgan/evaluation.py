@@ -1,130 +1,51 @@
 """Score a generator: draw every list of a file many times and measure the pictures as users would get them.
 
-Two classifiers take part. The *judge* says whether the asked objects are there; it is only ever evaluated on, never
-trained against, never used to choose a checkpoint or a picture. The *verifier*, which the library itself uses to
-choose among draws, gives the features of the Fréchet distances.
+Two networks look at the pictures, which are for evaluation only: no model is trained against them, and no checkpoint or
+picture is chosen by them. The *judge* says whether the asked objects are there; the *counter* says how many there are
+of any kind. The *verifier*, which the library itself uses to choose among draws, has a part only with ``best_of``.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from condgan import metrics
 from condgan.classifier import SceneClassifier
-from condgan.datasets import SceneDataset, Split, read_conditions
-from condgan.drawing import SceneModel, draw_turns
+from condgan.counter import ObjectCounter
+from condgan.datasets import read_conditions
+from condgan.drawing import Redraw, SceneModel
+from condgan.features import copy_distances, fit_scale, picture_features
 from condgan.functional import evaluating
-from condgan.images import from_uint8, to_uint8
+from condgan.images import from_uint8
+from condgan.layout import compare_layouts
+from condgan.measures import (
+    NOTHING,
+    Score,
+    diversity,
+    looks,
+    memorisation,
+    place_errors,
+    quantile,
+    retention,
+    rightness,
+    scene_layout,
+    surroundings,
+)
+from condgan.report import MEASURES, EvaluationReport, Measure
 from condgan.requests import parse_scenes, parse_seed
+from condgan.scenes import RealScenes, SceneDrawer, Scenes, read_real
 from condgan.vocab import Vocabulary
 
-Interval = tuple[float, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationReport:
-    """What :func:`evaluate` measured. Scores are in [0, 1]; None where the data that a measure needs was not given."""
-
-    model: str
-    """Name of the generator."""
-    conditions: str
-    """Name of the file of lists."""
-    judge: str
-    """Name of the classifier that looked for the objects."""
-    draws: int
-    """Pictures drawn for each list."""
-    seed: int
-    """Of the first picture."""
-    lists: int
-    """Lists of objects in ``conditions``."""
-    objects_asked: int
-    """Objects in all lists, each list counted once."""
-    pictures: int
-    """Final pictures judged: lists x draws."""
-    accuracy: float
-    """Objects found / objects asked (:func:`condgan.metrics.multilabel_accuracy`), over all draws."""
-    accuracy_ci95: Interval
-    """Its 95 % interval over lists (:func:`condgan.metrics.bootstrap_interval`)."""
-    exact: float
-    """Share of pictures whose set of objects at threshold 0.5 equals the asked one."""
-    exact_ci95: Interval
-    """Its 95 % interval over lists."""
-    object_f1: float
-    """Micro-averaged F1 of objects at threshold 0.5 (:func:`condgan.metrics.object_scores`)."""
-    real_accuracy: float | None = None
-    """``accuracy`` by the same judge of real pictures of the test split: what one can hope for."""
-    real_exact: float | None = None
-    """``exact`` by the same judge of the same real pictures."""
-    real_pictures: int = 0
-    """Real pictures of the test split, all turns; 0 without data."""
-    frechet_distance: float | None = None
-    """Drawn final pictures to real test pictures. Part of it is only that ``conditions`` asks for other objects than
-    the real scenes hold: compare models by it, on the same file, data and verifier."""
-    frechet_matched: float | None = None
-    """Pictures drawn for the lists of the real test scenes, every turn, to those scenes: the same objects on both
-    sides. This is the one to hold against ``frechet_floor``."""
-    frechet_floor: float | None = None
-    """Real validation pictures to real test pictures: what a perfect generator would reach."""
-    frechet_pictures: int = 0
-    """Pictures on either side of each of the three distances; 0 without data."""
-    preservation: float | None = None
-    """Mean change outside the new object, in grey levels a turn (:func:`condgan.metrics.preservation`), over all turns
-    after a scene's first; None if every list has one object."""
-    preservation_real: float | None = None
-    """The same between the turns of real test scenes."""
-    changed_area: float | None = None
-    """Mean share of the picture that a turn changed (:func:`condgan.metrics.changed_area`), over the same turns."""
-    changed_area_real: float | None = None
-    """The same between the turns of real test scenes."""
-    diversity: float | None = None
-    """Mean distance of two draws of one list, in grey levels (:func:`condgan.metrics.diversity`), averaged over lists;
-    None with one draw."""
-    diversity_real: float | None = None
-    """Mean distance of two real test pictures of one set of objects, averaged over sizes of sets in the proportions of
-    ``conditions``; sizes of which no two real pictures hold the same set are left out."""
-    diversity_ratio: float | None = None
-    """Drawn / real, over lists of the sizes that ``diversity_real`` has: below 1, draws are more alike than real
-    pictures."""
-    seconds: float
-    """Time that the evaluation took."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields under their names, ready for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
-
-    def __str__(self) -> str:
-        def show(value: float | None, digits: int = 3) -> str:
-            return "-" if value is None else f"{value:.{digits}f}"
-
-        def interval(ends: Interval) -> str:
-            return f"{ends[0]:.3f} .. {ends[1]:.3f}"
-
-        rows = [
-            ("", "drawn", "95 % interval", "real"),
-            ("accuracy", show(self.accuracy), interval(self.accuracy_ci95), show(self.real_accuracy)),
-            ("exact set", show(self.exact), interval(self.exact_ci95), show(self.real_exact)),
-            ("object F1", show(self.object_f1), "", ""),
-            ("Frechet distance, same objects", show(self.frechet_matched), "", show(self.frechet_floor)),
-            ("Frechet distance, these lists", show(self.frechet_distance), "", ""),
-            ("preservation, grey levels", show(self.preservation, 2), "", show(self.preservation_real, 2)),
-            ("changed area", show(self.changed_area), "", show(self.changed_area_real)),
-            ("diversity, grey levels", show(self.diversity, 2), "", show(self.diversity_real, 2)),
-        ]
-        table = [f"{name:<32}{drawn:>8}   {ends:<18}{real:>8}".rstrip() for name, drawn, ends, real in rows]
-        head = (
-            f"{self.model} on {self.conditions}: {self.lists} lists of {self.objects_asked} objects, "
-            f"{self.draws} draws each, {self.pictures} pictures, judged by {self.judge}"
-        )
-        foot = f"real: {self.real_pictures} pictures; each Frechet distance: {self.frechet_pictures} a side; "
-        return "\n".join([head, *table, foot + f"{self.seconds:.0f} s"])
+BLANK_PICTURES = 256
+"""Most pictures of the blank control, where it needs no more."""
+SCALE_SCENES = 1000
+"""Training scenes from which the scale of features is taken."""
 
 
 def evaluate(
@@ -133,8 +54,10 @@ def evaluate(
     *,
     draws: int = 64,
     judge: SceneClassifier | str = "judge",
-    verifier: SceneClassifier | str = "verifier",
+    counter: ObjectCounter | str = "counter",
     data: str | Path | None = None,
+    best_of: int = 1,
+    redraw: Redraw = "picture",
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
@@ -142,19 +65,25 @@ def evaluate(
 ) -> EvaluationReport:
     """Draw every list ``draws`` times and measure the pictures, each rounded to 256 grey levels as in a file.
 
+    With ``data``, the lists of the real test scenes are drawn too, once with places of the model's choice, to hold the
+    drawn scenes against the real ones turn by turn; and, by models that know places, once with the places of the real
+    objects, to see whether they are met. docs/evaluation.md defines every measure.
+
     Picture number ``draw`` of list number ``i`` of L has the seed ``seed + draw * L + i``; those drawn for the real
-    test scenes (see ``frechet_matched``) go on from ``seed + draws * L``. No seed, list or picture is chosen by its
-    score. The judge must have had no part in training the generator or in choosing it; the bundled one had none.
+    test scenes go on from ``seed + draws * L``. No seed, list or picture is chosen by its score.
 
     Args:
         generator: an ``IterativeGenerator``, or any model that draws alike; draws in eval mode.
         conditions: lists of names, or the JSON file that holds them.
-        draws: pictures a list. The interval does not shrink below what the number of lists allows.
-        judge: classifier that looks for the objects, or the name of a shipped one.
-        verifier: classifier whose features the Fréchet distances compare, or a name; not read without ``data``.
+        draws: pictures a list. An interval does not shrink below what the number of lists allows.
+        judge: classifier that looks for the objects, or the name of a shipped one. It must have had no part in
+            training the generator or in choosing it; the bundled one had none.
+        counter: counts objects, or the name of a shipped one; the same holds for it.
         data: packed file of ``condgan prepare`` with real scenes, or the folder with it: its test split is held
-            against the drawn pictures, its validation split gives ``frechet_floor``. None leaves those fields None.
-        seed: of the first picture, and of the resampling of the intervals.
+            against the drawn pictures, its validation split gives the floors. None leaves what needs them None.
+        best_of: candidates of each picture, of which the verifier keeps one; 1 takes every picture as it is drawn.
+        redraw: with ``best_of``, whether whole pictures are drawn again or single turns.
+        seed: of the first picture.
         batch_size: pictures at once; has no part in the results.
         progress: show a progress bar on stderr.
         model_name: what the report calls the generator; None is the name of its class.
@@ -165,233 +94,225 @@ def evaluate(
         FileNotFoundError: ``conditions`` or ``data`` is not there.
     """
     started = time.perf_counter()
-    for name, value in (("draws", draws), ("batch_size", batch_size)):
+    for name, value in (("draws", draws), ("batch_size", batch_size), ("best_of", best_of)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if redraw not in get_args(Redraw):
+        raise ValueError(f"redraw must be 'picture' or 'turn', got {redraw!r}")
     seed = parse_seed(seed)
     conditions_name = "given lists"
     if isinstance(conditions, (str, Path)):
         conditions_name = Path(conditions).name
         conditions = read_conditions(conditions)
-    scenes = [[names] if isinstance(names, str) else list(names) for names in conditions]
-    lists = parse_scenes(scenes, generator.vocabulary)
-    judge_name, judge = _load(judge)
-    vocabulary = Vocabulary(judge.config.objects)
-    objects = torch.stack([vocabulary.multi_hot(names) for names in lists])  # (L, K)
-    real = None
-    if data is not None:  # read, with all its errors, before the long drawing
-        image_size = generator.image_size
-        real = _read_real(data, "test", vocabulary, image_size)
-        validation = _read_real(data, "validation", vocabulary, image_size)
-        if not real.lists:
-            raise ValueError(
-                f"data: {str(data)!r} has no scene of the test split; leave data out, or prepare more scenes"
-            )
-        real_lists = parse_scenes(real.lists, generator.vocabulary)
-        _, feature_model = _load(verifier)
+    lists = parse_scenes(
+        [[names] if isinstance(names, str) else list(names) for names in conditions], generator.vocabulary
+    )
+    judge_name = judge if isinstance(judge, str) else type(judge).__name__
+    observer = _Observer(
+        judge=SceneClassifier.from_pretrained(judge) if isinstance(judge, str) else judge,
+        counter=ObjectCounter.from_pretrained(counter) if isinstance(counter, str) else counter,
+        batch_size=batch_size,
+    )
+    drawer = SceneDrawer(generator, observer.vocabulary, best_of, redraw, batch_size, progress)
+    real = None if data is None else read_real(data, generator, observer.vocabulary)  # errors before the long drawing
 
-    drawn, measured = _draw_lists(generator, lists, draws, seed, batch_size, progress)  # (L, draws, 3, H, W)
-
-    logits = _in_batches(judge, judge, drawn.flatten(0, 1), batch_size)
-    asked = objects.repeat_interleave(draws, 0)  # (L * draws, K)
-    found = metrics.top_k_found(logits, asked)
-    exact = metrics.exact_set(logits, asked).double()
-    per_list = (len(lists), draws)
-    accuracy_ci95 = metrics.bootstrap_interval(found.view(per_list), asked.sum(1).view(per_list), rng_seed=seed)
-    exact_ci95 = metrics.bootstrap_interval(exact.view(per_list), torch.ones(per_list), rng_seed=seed)
-
+    # All draws of a list follow each other: a batch then holds scenes of about one length.
+    drawn, passes = drawer.draw(
+        [names for names in lists for _ in range(draws)],
+        [seed + draw * len(lists) + i for i in range(len(lists)) for draw in range(draws)],
+    )
+    drawn_for_real = drawn_at_real = None
     if real is not None:
-        measured |= _judge_real(judge, real, batch_size)
-        matched = _draw_every_turn(generator, real_lists, seed + draws * len(lists), batch_size, progress)
-        sets = {
-            "real": real.pictures.flatten(0, 1),
-            "frechet_distance": drawn.transpose(0, 1).flatten(0, 1),  # the first n hold every list equally often
-            "frechet_matched": matched,
-            "frechet_floor": validation.pictures.flatten(0, 1),
-        }
-        measured |= _frechet_distances(feature_model, sets, batch_size)
-    if draws > 1:
-        measured |= _diversity(drawn, objects, real)
+        first = seed + draws * len(lists)
+        drawn_for_real, _ = drawer.draw(real.lists, range(first, first + len(real.lists)))
+        if generator.place_model is not None:
+            first += len(real.lists)
+            places = [[(x, y) for x, y in scene] for scene in real.places.tolist()]
+            drawn_at_real, _ = drawer.draw(real.lists, range(first, first + len(real.lists)), places)
+
+    measures = _measure_rightness(observer, drawn, len(lists), real)
+    measures |= _measure_surroundings(drawn, len(lists), real)
+    measures |= _measure_diversity(drawn, len(lists), real)
+    layout = {}
+    if real is not None and drawn_for_real is not None:
+        layouts = [scene_layout(scenes, observer.vocabulary) for scenes in (drawn_for_real, real.test, real.validation)]
+        layout = compare_layouts(*layouts, rng_seed=0)
+        measures |= _measure_looks(drawn_for_real, real)
+        if drawn_at_real is not None:
+            measures |= _measure_places(drawn_at_real, real.places)
 
     return EvaluationReport(
         model=model_name or type(generator).__name__,
         conditions=conditions_name,
         judge=judge_name,
         draws=draws,
+        best_of=best_of,
+        redraw=redraw,
+        passes=passes,
         seed=seed,
         lists=len(lists),
-        objects_asked=int(objects.sum()),
-        pictures=len(logits),
-        accuracy=metrics.multilabel_accuracy(logits, asked),
-        accuracy_ci95=accuracy_ci95,
-        exact=float(exact.mean()),
-        exact_ci95=exact_ci95,
-        object_f1=metrics.object_scores(logits, asked).f1,
+        objects_asked=sum(map(len, lists)),
+        pictures=len(drawn.pictures),
+        real_pictures=0 if real is None else int(real.test.present.sum()),
+        measures={name: measures.get(name, Measure()) for name in MEASURES},
+        layout=layout,
         seconds=time.perf_counter() - started,
-        **measured,
     )
 
 
-def _load(classifier: SceneClassifier | str) -> tuple[str, SceneClassifier]:
-    if isinstance(classifier, str):
-        return classifier, SceneClassifier.from_pretrained(classifier)
-    return type(classifier).__name__, classifier
+# --- what is measured ---------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def _in_batches(
-    classifier: SceneClassifier, function: Callable[[Tensor], Tensor], pictures: Tensor, batch_size: int
-) -> Tensor:
-    """``function`` of uint8 pictures (N, 3, H, W) with ``classifier`` in eval mode, (N, D) float32 on the CPU."""
-    weight = next(classifier.parameters())
-    with evaluating(classifier):
-        outputs = [function(from_uint8(chunk).to(weight.device, weight.dtype)) for chunk in pictures.split(batch_size)]
-    return torch.cat(outputs).float().cpu()
+@dataclass(frozen=True)
+class _Observer:
+    """Looks at pictures: what is there, and how many."""
+
+    judge: SceneClassifier
+    counter: ObjectCounter
+    batch_size: int
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.judge.config.objects)
+
+    @torch.no_grad()
+    def logits(self, pictures: Tensor) -> Tensor:
+        """The judge's, of uint8 pictures (N, 3, H, W): (N, K) float32 on the CPU."""
+        weight = next(self.judge.parameters())
+        with evaluating(self.judge):
+            outputs = [
+                self.judge(from_uint8(chunk).to(weight.device, weight.dtype))
+                for chunk in pictures.split(self.batch_size)
+            ]
+        return torch.cat(outputs).float().cpu()
+
+    def counts(self, pictures: Tensor) -> Tensor:
+        """Objects in uint8 pictures (N, 3, H, W): (N,) int64 on the CPU."""
+        return torch.cat([self.counter.count(from_uint8(chunk)).cpu() for chunk in pictures.split(self.batch_size)])
+
+    def turn_logits(self, scenes: Scenes) -> Tensor:
+        """The judge's of the picture after every turn, (S, T, K); those of the last turn go on after it."""
+        present = scenes.present
+        of_present = self.logits(scenes.pictures[:, 1:][present])
+        last = present.flatten().cumsum(0).view_as(present) - 1  # a scene's turns come first, then what repeats them
+        return of_present[last]
 
 
-def _draw(
-    generator: SceneModel,
-    lists: Sequence[Sequence[str]],
-    seeds: Sequence[int],
-    batch_size: int,
-    progress: bool,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of pictures after each turn, without the canvas, uint8 (N, T, 3, H, W), and turns a scene (N,)."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(seeds), desc="drawing", unit="picture", file=sys.stderr, disable=not progress) as bar:
-        for low in range(0, len(seeds), batch_size):
-            part = slice(low, low + batch_size)
-            turns = draw_turns(generator, lists[part], seeds[part])
-            yield to_uint8(turns.images[:, 1:]), turns.lengths
-            bar.update(len(turns.lengths))
+def _blank(scenes: Scenes) -> Scenes:
+    """The control in which no turn draws anything: some of the scenes, evenly, empty to the end."""
+    step = max(len(scenes.pictures) // BLANK_PICTURES, 1)
+    pictures, objects = scenes.pictures[::step][:BLANK_PICTURES], scenes.objects[::step][:BLANK_PICTURES]
+    return Scenes(pictures[:, :1].expand_as(pictures), objects)
 
 
-def _draw_lists(
-    generator: SceneModel, lists: list[list[str]], draws: int, seed: int, batch_size: int, progress: bool
-) -> tuple[Tensor, dict[str, Any]]:
-    """Final pictures, uint8 (L, draws, 3, H, W), and the fields about what a turn leaves alone."""
-    # All draws of a list follow each other: a batch then holds scenes of about one length.
-    scenes = [names for names in lists for _ in range(draws)]
-    seeds = [seed + draw * len(lists) + i for i in range(len(lists)) for draw in range(draws)]
-    final, preservation, changed_area = [], [], []
-    for turns, lengths in _draw(generator, scenes, seeds, batch_size, progress):
-        final.append(turns[:, -1])
-        if turns.shape[1] > 1:
-            images = from_uint8(turns)
-            present = torch.arange(1, turns.shape[1]) < lengths[:, None]  # (N, T - 1)
-            preservation.append(metrics.preservation(images)[present])
-            changed_area.append(metrics.changed_area(images)[present])
-    drawn = torch.cat(final).unflatten(0, (len(lists), draws))
-    measured: dict[str, Any] = {}
-    if preservation:
-        measured["preservation"] = float(torch.cat(preservation).mean())
-        measured["changed_area"] = float(torch.cat(changed_area).mean())
-    return drawn, measured
-
-
-def _draw_every_turn(
-    generator: SceneModel, lists: list[list[str]], seed: int, batch_size: int, progress: bool
-) -> Tensor:
-    """One draw of every list, all of T objects: the pictures of all turns in order, uint8 (N * T, 3, H, W)."""
-    seeds = range(seed, seed + len(lists))
-    return torch.cat([turns.flatten(0, 1) for turns, _ in _draw(generator, lists, seeds, batch_size, progress)])
-
-
-class _Real(NamedTuple):
-    """Real scenes of one split."""
-
-    pictures: Tensor
-    """(S, T, 3, H, W) uint8."""
-    objects: Tensor
-    """(S, T, K) multi-hot in the judge's vocabulary: all objects in each picture."""
-    lists: list[list[str]]
-    """The objects of each scene in the order of its turns."""
-
-
-def _read_real(data: str | Path, split: Split, vocabulary: Vocabulary, image_size: int) -> _Real:
-    path = Path(data)
-    if path.is_dir():
-        path = path / f"condgan-{image_size}.npy"
-    if not path.is_file():
-        raise FileNotFoundError(f"data: there is no file {str(path)!r}; `condgan prepare` writes it")
-    scenes = SceneDataset(path, split=split)
-    records = [scenes[i] for i in range(len(scenes))]
-    lists = [[name for turn in record.objects for name in scenes.vocabulary.decode(turn)] for record in records]
-    if not records:
-        return _Real(
-            torch.zeros(0, 1, 3, image_size, image_size, dtype=torch.uint8), torch.zeros(0, 1, len(vocabulary)), []
+def _measures(
+    drawn: dict[str, Score], real: dict[str, Score], shuffled: dict[str, Score], blank: dict[str, Score]
+) -> dict[str, Measure]:
+    return {
+        name: Measure(
+            drawn=score.value,
+            ci95=score.ci95,
+            samples=score.samples,
+            real=real.get(name, NOTHING).value,
+            shuffled=shuffled.get(name, NOTHING).value,
+            blank=blank.get(name, NOTHING).value,
         )
-    pictures = torch.stack([to_uint8(record.images) for record in records])
-    if pictures.shape[-1] != image_size:
-        raise ValueError(
-            f"data: {str(path)!r} has pictures of {pictures.shape[-1]} pixels, but the generator draws {image_size}; "
-            "prepare the data in its size"
-        )
-    objects = torch.stack(
-        [torch.stack([vocabulary.multi_hot(names[: turn + 1]) for turn in range(len(names))]) for names in lists]
-    )
-    return _Real(pictures, objects, lists)
-
-
-def _judge_real(judge: SceneClassifier, real: _Real, batch_size: int) -> dict[str, Any]:
-    """The fields of the report that measure real pictures alone."""
-    logits, objects = _in_batches(judge, judge, real.pictures.flatten(0, 1), batch_size), real.objects.flatten(0, 1)
-    measured: dict[str, Any] = {
-        "real_pictures": len(logits),
-        "real_accuracy": metrics.multilabel_accuracy(logits, objects),
-        "real_exact": float(metrics.exact_set(logits, objects).double().mean()),
+        for name, score in drawn.items()
     }
-    if real.pictures.shape[1] > 1:
-        images = from_uint8(real.pictures)
-        measured["preservation_real"] = float(metrics.preservation(images).mean())
-        measured["changed_area_real"] = float(metrics.changed_area(images).mean())
-    return measured
 
 
-def _diversity(drawn: Tensor, objects: Tensor, real: _Real | None) -> dict[str, float]:
-    """The fields about diversity, from drawn (L, draws, 3, H, W) for lists of objects (L, K), draws at least 2."""
-    of_lists = [metrics.diversity(from_uint8(pictures)) for pictures in drawn]
-    measured = {"diversity": _mean(of_lists)}
+def _measure_rightness(
+    observer: _Observer, drawn: Scenes, num_lists: int, real: RealScenes | None
+) -> dict[str, Measure]:
+    """Are the objects there, no others, and do they stay; one score a picture drawn, and a picture after any turn."""
+    asked, logits = drawn.asked[:, -1], observer.turn_logits(drawn)
+    counts = observer.counts(drawn.final)
+    scores = rightness(logits[:, -1], asked, counts, num_lists)
+    scores["retention"] = retention(logits, drawn, num_lists)
+    of_real: dict[str, Score] = {}
     if real is not None:
-        of_sizes = _diversity_by_size(real)
-        sizes = [int(size) for size in objects.sum(1)]
-        pairs = [(of_list, of_sizes[size]) for of_list, size in zip(of_lists, sizes, strict=True) if size in of_sizes]
-        if pairs:
-            mean_drawn, mean_real = (_mean(values) for values in zip(*pairs, strict=True))
-            measured |= {"diversity_real": mean_real, "diversity_ratio": mean_drawn / mean_real}
-    return measured
+        scenes, present = real.test, real.test.present
+        real_logits, pictures = observer.turn_logits(scenes), scenes.pictures[:, 1:][present]
+        of_real = rightness(
+            real_logits[present], scenes.asked[present], observer.counts(pictures), len(scenes.pictures)
+        )
+        of_real["retention"] = retention(real_logits, scenes, len(scenes.pictures))
+    shuffled: dict[str, Score] = {}
+    if num_lists > 1:
+        other = torch.randperm(len(asked), generator=torch.Generator().manual_seed(0))
+        shuffled = rightness(logits[:, -1], asked[other], counts, num_lists)
+    empty = _blank(drawn)
+    empty_logits = observer.logits(empty.final)
+    blank = rightness(empty_logits, empty.asked[:, -1], observer.counts(empty.final), len(empty_logits))
+    blank["retention"] = retention(empty_logits[:, None].expand(-1, logits.shape[1], -1), empty, len(empty_logits))
+    return _measures(scores, of_real, shuffled, blank)
 
 
-def _diversity_by_size(real: _Real) -> dict[int, float]:
-    """Mean distance of all pairs of real pictures that hold the same set, for each size of set that has pairs."""
-    groups: dict[tuple[float, ...], list[Tensor]] = {}
-    for picture, present in zip(real.pictures.flatten(0, 1), real.objects.flatten(0, 1).tolist(), strict=True):
-        groups.setdefault(tuple(present), []).append(picture)
-    total: dict[int, float] = {}
-    pairs: dict[int, int] = {}
-    for present, group in groups.items():
-        if len(group) > 1:
-            size, count = int(sum(present)), len(group) * (len(group) - 1) // 2
-            total[size] = total.get(size, 0.0) + count * metrics.diversity(from_uint8(torch.stack(group)))
-            pairs[size] = pairs.get(size, 0) + count
-    return {size: total[size] / pairs[size] for size in total}
+def _measure_surroundings(drawn: Scenes, num_lists: int, real: RealScenes | None) -> dict[str, Measure]:
+    """What turns leave alone, and its ratio to real turns."""
+    scores, empty = surroundings(drawn, num_lists), _blank(drawn)
+    blank = surroundings(empty, len(empty.pictures))
+    of_real = {} if real is None else surroundings(real.test, len(real.test.pictures))
+    floor = of_real.get("preservation", NOTHING).value
+    if floor:
+        scores["preservation_ratio"] = _divided(scores["preservation"], floor)
+    return _measures(scores, of_real, {}, blank)
 
 
-def _frechet_distances(verifier: SceneClassifier, sets: dict[str, Tensor], batch_size: int) -> dict[str, Any]:
-    """Distance of every set of pictures to the set called ``real``, all of the size of the smallest."""
-    sets = {name: pictures for name, pictures in sets.items() if len(pictures) > 1}
-    count = min(len(pictures) for pictures in sets.values())
-    gaussians = {
-        name: metrics.fit_gaussian(_in_batches(verifier, verifier.features, pictures[:count], batch_size))
-        for name, pictures in sets.items()
-    }
-    real = gaussians.pop("real", None)
-    if real is None:
+def _divided(score: Score, divisor: float) -> Score:
+    """A score in other units."""
+    if score.value is None or score.ci95 is None:
+        return score
+    low, high = score.ci95
+    return Score(score.value / divisor, (low / divisor, high / divisor), score.samples)
+
+
+def _measure_diversity(drawn: Scenes, num_lists: int, real: RealScenes | None) -> dict[str, Measure]:
+    objects = drawn.asked[:, -1].unflatten(0, (num_lists, -1))[:, 0]  # (L, K)
+    of_drawn, of_empty = (
+        diversity(pictures.unflatten(0, (num_lists, -1)), objects, None if real is None else real.test)
+        for pictures in (drawn.final, drawn.pictures[:, 0])
+    )
+    of_real = {"diversity": of_drawn.pop("diversity_real", NOTHING)}
+    return _measures(of_drawn, of_real, {}, of_empty)
+
+
+def _measure_looks(drawn: Scenes, real: RealScenes) -> dict[str, Measure]:
+    """How far drawn pictures are from real ones of the same lists, and whether they are copies of training pictures.
+
+    The floors are those of the real validation scenes, and all sets are of the size of the smaller split.
+    """
+    if not len(real.training):
         return {}
-    distances = {name: metrics.gaussian_frechet_distance(gaussian, real) for name, gaussian in gaussians.items()}
-    return {"frechet_pictures": count, **distances}
+    count = min(len(drawn.pictures), len(real.validation.pictures))
+    turns = drawn.pictures.shape[1] - 1
+    pictures = {
+        "drawn": drawn.pictures[:count, 1:],
+        "test": real.test.pictures[:count, 1:],
+        "validation": real.validation.pictures[:count, 1:],
+        "blank": drawn.pictures[:count, :1].expand(-1, turns, -1, -1, -1),
+    }
+    scale = fit_scale(picture_features(real.training[:SCALE_SCENES].flatten(0, 1)))
+    features = {
+        name: scale.standardise(picture_features(x.flatten(0, 1))).unflatten(0, (count, turns))
+        for name, x in pictures.items()
+    }
+    of_drawn, of_real, of_blank = (
+        looks(features[name], features["test"], frechet_interval=name == "drawn")
+        for name in ("drawn", "validation", "blank")
+    )
+    nearest = {
+        name: copy_distances(pictures[name][:, -1], real.training[:, -1]) for name in ("drawn", "test", "validation")
+    }
+    of_drawn |= memorisation(nearest["drawn"], nearest["test"])
+    of_real |= memorisation(nearest["validation"], nearest["test"])
+    return _measures(of_drawn, of_real, {}, of_blank)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _measure_places(drawn: Scenes, places: Tensor) -> dict[str, Measure]:
+    """How far objects are from where they were asked to be; shuffled, from the places of another scene."""
+    empty = Scenes(drawn.pictures[:, :1].expand_as(drawn.pictures), drawn.objects)
+    errors = [place_errors(drawn, places), place_errors(drawn, places.roll(1, 0)), place_errors(empty, places)]
+    shares = {"place_error": 0.5, "place_error_p95": 0.95}
+    scores, shuffled, blank = ({name: quantile(error, shares[name]) for name in shares} for error in errors)
+    return _measures(scores, {}, shuffled, blank)

@@ -237,6 +237,40 @@ def crop_corners(places: Tensor, image_size: int, crop_size: int) -> Tensor:
     return (places - (crop_size - 1) / 2).round().long().clamp(0, image_size - crop_size)
 
 
+def window_corners(places: Tensor, image_size: int, window: int) -> Tensor:
+    """Upper left corners (N, 2) int64 (x, y) of the windows in which turns draw.
+
+    The windows are centred on the places, moved down by 1/16 of the picture towards the shadow, inside the picture.
+
+    Raises:
+        ValueError: ``window`` is larger than ``image_size``, or ``places`` is not (N, 2).
+    """
+    _check_pairs("places", places)
+    return crop_corners(places + places.new_tensor((0, image_size / 16)), image_size, window)
+
+
+def paste(images: Tensor, patches: Tensor, corners: Tensor) -> Tensor:
+    """Put squares into pictures, the reverse of :func:`crop`.
+
+    Args:
+        images: (N, C, H, W), left as they are.
+        patches: (N, C, S, S), dtype and device of ``images``.
+        corners: (N, 2) whole numbers (x, y), the upper left pixel of each square, which must lie inside its picture.
+
+    Returns:
+        (N, C, H, W): new pictures; gradients flow to ``images`` outside the squares and to ``patches``.
+
+    Raises:
+        ValueError: ``corners`` is not (N, 2).
+    """
+    _check_pairs("corners", corners, len(images))
+    axis = torch.arange(patches.shape[-1], device=images.device)
+    columns, rows = (corners[:, :, None] + axis).unbind(1)  # (N, S) each
+    number = torch.arange(len(images), device=images.device)[:, None, None]
+    index = (number, rows[:, :, None], columns[:, None, :])
+    return images.permute(0, 2, 3, 1).index_put(index, patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def crop(images: Tensor, corners: Tensor, crop_size: int) -> Tensor:
     """Cut a square out of each picture: (N, C, H, W) and corners (N, 2) to (N, C, crop_size, crop_size).
 

@@ -1,4 +1,4 @@
-"""Measures of drawn pictures: are the objects there, does the rest stay, do the pictures vary, do they look real.
+"""Measures of drawn pictures: are the objects there, does the rest stay, do they vary, look real, or copy.
 
 Functions first; :class:`MultilabelAccuracy` and :class:`FeatureStatistics` add up batches and give the same numbers.
 No measure here reads a network: logits and features come in, so that it is always clear whose they are.
@@ -19,6 +19,8 @@ GREY_LEVELS = 127.5
 """Grey levels (0-255) in one unit of [-1, 1]."""
 DILATION = 6
 """Pixels by which a changed region is grown: soft shadows and edges belong to the change."""
+NEAR_SHARE = 0.01
+"""Share of held-out pictures that count as suspiciously near to a training picture."""
 
 
 def _check_logits(logits: Tensor, objects: Tensor) -> None:
@@ -203,9 +205,9 @@ def _square_root(matrix: Tensor) -> Tensor:
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """Fréchet distance of Gaussians fitted to two sets of features, (N, D) and (M, D); see the function above.
 
-    It is *the* FID only with the Inception features of the paper. On the features of our own classifier it is not
-    comparable with any published FID, and we never call it one: such features are nearly blind to texture and light,
-    so a small distance does not mean that pictures look real. It falls with the number of samples: compare only
+    It is *the* FID only with the Inception features of the paper, and with others we never call it one. The features
+    of our own classifier are nearly blind to texture and light, so a small distance of them does not mean that
+    pictures look real; those of :mod:`condgan.features` see both. It falls with the number of samples: compare only
     distances of equal N and M, and show beside it the distance of two sets of real pictures.
 
     Raises:
@@ -214,6 +216,242 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     Source: Heusel et al. 2017, arXiv:1706.08500, eq. 6.
     """
     return gaussian_frechet_distance(fit_gaussian(features_a), fit_gaussian(features_b))
+
+
+class KernelDistance(NamedTuple):
+    """How far apart the distributions behind two sets of features are."""
+
+    distance: float
+    """Unbiased estimate: about zero, and below it as often as above, where both come from one distribution."""
+    standard_error: float
+    """Of ``distance``, over groups of rows; too large by about a half where both come from one distribution."""
+    with_noise: float
+    """The plain distance of the two sets as they are, never below zero. Like a Fréchet distance it falls with the
+    number of samples and has a floor, so that drawn / real-against-real is a ratio that means something."""
+
+
+def kernel_distance(features_a: Tensor, features_b: Tensor, *, group_size: int = 1) -> KernelDistance:
+    """Squared maximum mean discrepancy under the kernel ``(x . y / D + 1)^3`` of KID, in float64.
+
+    It is *the* KID only with the Inception features of the paper. Unlike there, the estimate is from all pairs, not
+    from random subsets, and its standard error is that of the two-sample jackknife over groups.
+
+    Args:
+        features_a: (N, D), about standardised: the kernel grows with the sixth power of their length.
+        features_b: (M, D), standardised alike.
+        group_size: so many rows in turn are of one scene and alike. ``distance`` compares no two rows of one group,
+            and groups, not rows, count as observations of the standard error.
+
+    Raises:
+        ValueError: features are not finite (N, D) of one D, or not whole groups, at least three of them.
+
+    Source: Gretton et al. 2012, JMLR 13, eq. 3 and 5; Binkowski et al. 2018, arXiv:1801.01401, section 4; jackknife:
+    Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    a, b = _feature_sets(features_a=features_a, features_b=features_b)
+    for name, rows in (("features_a", a), ("features_b", b)):
+        if len(rows) % group_size or len(rows) < 3 * group_size:
+            raise ValueError(f"{name} must hold at least three whole groups of {group_size} rows, got {len(rows)} rows")
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        """Sums over pairs of groups, (groups of x, groups of y)."""
+        values = (x @ y.T / x.shape[1] + 1) ** 3
+        return values.unflatten(1, (-1, group_size)).sum(2).unflatten(0, (-1, group_size)).sum(1)
+
+    within_a, within_b, across = (
+        kernel(a, a) / group_size**2,
+        kernel(b, b) / group_size**2,
+        kernel(a, b) / group_size**2,
+    )
+
+    def between_groups(sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over pairs of different groups, and the same with each group left out."""
+        count, total = len(sums), sums.sum() - sums.trace()
+        left_out = total - 2 * (sums.sum(1) - sums.diagonal())
+        return total / (count * (count - 1)), left_out / ((count - 1) * (count - 2))
+
+    mean_a, mean_a_left_out = between_groups(within_a)
+    mean_b, mean_b_left_out = between_groups(within_b)
+    total = across.sum()
+    without_a = mean_a_left_out + mean_b - 2 * (total - across.sum(1)) / ((len(within_a) - 1) * len(within_b))
+    without_b = mean_a + mean_b_left_out - 2 * (total - across.sum(0)) / (len(within_a) * (len(within_b) - 1))
+    variance = sum((len(x) - 1) * x.var(correction=0) for x in (without_a, without_b))
+    return KernelDistance(
+        distance=float(mean_a + mean_b - 2 * across.mean()),
+        standard_error=float(variance) ** 0.5,
+        with_noise=float(within_a.mean() + within_b.mean() - 2 * across.mean()),
+    )
+
+
+def _feature_sets(**features: Tensor) -> list[Tensor]:
+    """Float64 copies on the CPU of sets of features, checked under their names."""
+    wanted = next(iter(features.values())).shape[-1:]
+    for name, rows in features.items():
+        if rows.ndim != 2 or len(rows) == 0 or rows.shape[1:] != wanted:
+            shapes = ", ".join(str(tuple(other.shape)) for other in features.values())
+            raise ValueError(f"{name} must be (N, D), not empty, with one D for all sets; the shapes are {shapes}")
+        if not rows.isfinite().all():
+            raise ValueError(f"{name} is not finite: the pictures that made it are broken")
+    return [rows.detach().cpu().double() for rows in features.values()]
+
+
+class NeighbourScores(NamedTuple):
+    """Drawn pictures against real ones, picture by picture; the mean of each tensor is the score of the papers.
+
+    Float64, so that each can be averaged and resampled as it is.
+    """
+
+    precision: Tensor
+    """(M,) 1 where a drawn picture lies among the real ones: are the pictures good?"""
+    recall: Tensor
+    """(N,) 1 where a real picture lies among the drawn ones: is everything drawn?"""
+    density: Tensor
+    """(M,) in how many real neighbourhoods a drawn picture lies, / k: as precision, unmoved by single odd real
+    pictures; its mean may be above 1."""
+    coverage: Tensor
+    """(N,) 1 where a real picture has a drawn one in its neighbourhood: as recall, unmoved by single odd drawings."""
+
+
+def neighbour_scores(real: Tensor, fake: Tensor, k: int = 5) -> NeighbourScores:
+    """Precision, recall, density and coverage in neighbourhoods: balls that reach to the k-th nearest of one's own set.
+
+    Give one picture a scene: turns of one scene are each other's nearest neighbours, and their balls far too small.
+    All four depend on N, M and k, and even for real against real precision, recall and coverage stay below 1: show
+    them beside those of other real pictures, as many of them.
+
+    Args:
+        real: (N, D) features.
+        fake: (M, D) features.
+        k: which neighbour a ball reaches to, the picture itself not counted; less than N and M.
+
+    Raises:
+        ValueError: features are not finite (N, D) of one D, or there are too few.
+
+    Source: Kynkäänniemi et al. 2019, arXiv:1904.06991, eq. 1 and 2 (with k = 3 there); Naeem et al. 2020,
+    arXiv:2002.09797, eq. 3 and 5.
+    """
+    real, fake = _feature_sets(real=real, fake=fake)
+    if not 1 <= k < min(len(real), len(fake)):
+        raise ValueError(
+            f"k must be at least 1 and less than the number of rows, got {k} of {len(real)} and {len(fake)}"
+        )
+
+    def radius(rows: Tensor) -> Tensor:
+        return _distances(rows, rows).kthvalue(k + 1, dim=1).values  # its own distance of zero is the first
+
+    distance = _distances(real, fake)  # (N, M)
+    near_real, near_fake = distance <= radius(real)[:, None], distance <= radius(fake)
+    return NeighbourScores(
+        precision=near_real.any(0).double(),
+        recall=near_fake.any(1).double(),
+        density=near_real.double().sum(0) / k,
+        coverage=near_real.any(1).double(),
+    )
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances (N, M) from differences, not products: equal rows are at exactly zero."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def nearest_distances(features: Tensor, references: Tensor, *, chunk: int = 1024) -> Tensor:
+    """Distance of each row to the nearest reference.
+
+    Args:
+        features: (N, D).
+        references: (M, D), at least one.
+        chunk: references compared at once; has no part in the results.
+
+    Returns:
+        (N,) float64, Euclidean; zero, up to 1e-6 of the length of the rows, where a reference is the same.
+
+    Raises:
+        ValueError: features are not finite (N, D) of one D, or a set is empty.
+    """
+    rows, others = _feature_sets(features=features, references=references)
+    centre = others.mean(0)
+    nearest = [torch.cdist(rows - centre, part - centre).amin(1) for part in others.split(chunk)]
+    return torch.stack(nearest).amin(0)
+
+
+class Memorisation(NamedTuple):
+    """Whether drawn pictures lie nearer to training pictures than real pictures that were held out do."""
+
+    ratio: float
+    """Median distance drawn / held out: 1 is as far as new real pictures are; well below 1, drawings are copies."""
+    ratio_ci95: tuple[float, float]
+    """Its 95 % interval."""
+    nearer: float
+    """Share of drawn pictures nearer than the nearest 1 % of held-out ones: about 0.01 if none is a copy."""
+    nearer_ci95: tuple[float, float]
+    """Its 95 % interval."""
+    p_value: float
+    """How likely at least as many nearer ones are if drawn and held-out pictures are equally near; exact."""
+
+    @property
+    def found(self) -> bool:
+        """Whether there are copies beyond reasonable doubt: ``p_value`` is below 0.01."""
+        return self.p_value < 0.01
+
+
+def memorisation(drawn: Tensor, held_out: Tensor, *, rng_seed: int, resamples: int = 2000) -> Memorisation:
+    """Compare distances to the nearest training picture, of drawn and of held-out real pictures of equal lists.
+
+    A few copies do not move the median; they do move ``nearer``. With x of S drawn pictures nearer than the r-th
+    nearest of R held-out ones, r being 1 % of R or 1, ``p_value`` is the chance of x or more: x is beta-binomial with
+    parameters S, r and R + 1 - r, whatever the distances are distributed like. With 300 pictures a side, 5 % of
+    copies are always found; copies are found where there are none at most once in a hundred times.
+
+    Args:
+        drawn: (S,) as of :func:`nearest_distances`; one picture a scene, because turns of one scene are alike.
+        held_out: (R,), distances to the same training pictures.
+        rng_seed: of the resampling; the same seed gives the same intervals.
+        resamples: how often both sets are drawn from themselves with replacement; percentile intervals.
+
+    Raises:
+        ValueError: distances are not finite (S,) and (R,), negative or none, or half of those held out are zero.
+
+    Source: ours, after the copying test of Meehan et al. 2020, arXiv:2004.05675; the distribution: Wilks 1942,
+    Statistical prediction with special reference to the problem of tolerance limits.
+    """
+    for name, values in (("drawn", drawn), ("held_out", held_out)):
+        if values.ndim != 1 or len(values) == 0 or not (values.isfinite() & (values >= 0)).all():
+            raise ValueError(f"{name} must be finite distances (S,), none negative, got {tuple(values.shape)}")
+    near, far = drawn.detach().cpu().double(), held_out.detach().cpu().double()
+    if far.quantile(0.5) == 0:
+        raise ValueError("held_out has a median of zero: these pictures are among the training pictures")
+    rank = max(1, round(NEAR_SHARE * len(far)))
+
+    def compare(a: Tensor, b: Tensor) -> Tensor:
+        """Ratio and share for each row of distances (B, S) and (B, R)."""
+        nearer = (a < b.kthvalue(rank, dim=1, keepdim=True).values).double().mean(1)
+        return torch.stack([a.quantile(0.5, dim=1) / b.quantile(0.5, dim=1), nearer])
+
+    rng = torch.Generator().manual_seed(rng_seed)
+    a, b = (x[torch.randint(len(x), (resamples, len(x)), generator=rng)] for x in (near, far))
+    ends = compare(a, b).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)  # (2, ratio and share)
+    (ratio_low, share_low), (ratio_high, share_high) = ends.tolist()
+    ratio, nearer = compare(near[None], far[None])[:, 0].tolist()
+    return Memorisation(
+        ratio=ratio,
+        ratio_ci95=(ratio_low, ratio_high),
+        nearer=nearer,
+        nearer_ci95=(share_low, share_high),
+        p_value=_chance_of_nearer(round(nearer * len(near)), len(near), rank, len(far)),
+    )
+
+
+def _chance_of_nearer(count: int, drawn: int, rank: int, held_out: int) -> float:
+    """Chance that ``count`` or more of ``drawn`` values are below the ``rank``-th of ``held_out`` alike ones."""
+
+    def ways(x: int) -> int:
+        """Orders of all values in which x drawn ones come before that held-out one."""
+        return math.comb(x + rank - 1, x) * math.comb(drawn - x + held_out - rank, drawn - x)
+
+    orders = math.comb(drawn + held_out, drawn)
+    return (orders - sum(ways(x) for x in range(count))) / orders
 
 
 def _touched(images: Tensor) -> tuple[Tensor, Tensor]:

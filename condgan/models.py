@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from condgan import drawing
 from condgan import images as pictures
 from condgan.canvas import Canvas
-from condgan.functional import place_map
+from condgan.drawing import Redraw
+from condgan.functional import crop, paste, place_map, window_corners
 from condgan.hub import PretrainedModel
 from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised
 from condgan.requests import Place
@@ -26,6 +27,7 @@ from condgan.results import Drawing, Turn
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
 
 IMAGE_SIZES = (32, 64, 128)
+NOISE_ENCODER_SLOPE = 0.1
 MAX_WIDTH_FACTOR = 16
 """No feature map is wider than this many times ``width``."""
 
@@ -51,6 +53,9 @@ class GeneratorConfig:
     and every resolution sees the previous picture's features."""
     places: bool = False
     """Whether the place of the new object is an input; if so, a model of free places is part of the generator."""
+    window: int | None = None
+    """Side in pixels of the square around the place that a turn may change, a multiple of 8, for models with
+    ``places``; None is the whole picture."""
     noise_in_norm: bool = False
     """Whether the noise conditions every norm layer too, beside the first linear one."""
     light_components: int = 0
@@ -62,6 +67,7 @@ class GeneratorConfig:
         _check_at_least(0, z_dim=self.z_dim, light_components=self.light_components)
         if self.output not in ("tanh", "blend"):
             raise ValueError(f"output must be 'tanh' or 'blend', got {self.output!r}")
+        _check_window(self.window, self.image_size, self.places)
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,45 @@ class DiscriminatorConfig:
     """The vocabulary: names in the order of their ids."""
     places: bool = False
     """Whether the place of the new object is an input."""
+    window: int | None = None
+    """Side in pixels of the square around the place that is judged, as in :class:`GeneratorConfig`."""
     spectral_norm: bool = True
     """Whether every layer has spectral normalisation; without it the gradient penalties must hold it."""
 
     def __post_init__(self) -> None:
         _check_image_size(self.image_size)
         _check_at_least(1, width=self.width, condition_dim=self.condition_dim)
+        _check_window(self.window, self.image_size, self.places)
+
+
+@dataclass(frozen=True)
+class NoiseEncoderConfig:
+    """Architecture of a :class:`NoiseEncoder`; the defaults fit the default generator."""
+
+    image_size: int = 64
+    """Side of the pictures in pixels: 32, 64 or 128."""
+    width: int = 32
+    """Channels of the first stage; the third and last has four times as many."""
+    z_dim: int = 100
+    """Length of the noise."""
+    places: bool = False
+    """Whether the place of the object is an input."""
+    window: int | None = None
+    """Side in pixels of the square around the place that is read, as in :class:`GeneratorConfig`."""
+
+    def __post_init__(self) -> None:
+        _check_image_size(self.image_size)
+        _check_at_least(1, width=self.width, z_dim=self.z_dim)
+        _check_window(self.window, self.image_size, self.places)
+
+
+def _check_window(window: int | None, image_size: int, places: bool) -> None:
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, int) or window % 8 or not 16 <= window <= image_size:
+        raise ValueError(f"window must be a multiple of 8 from 16 to image_size, which is {image_size}, got {window!r}")
+    if not places:
+        raise ValueError(f"window is a square around a place: it needs places=True, got window={window}, places=False")
 
 
 def _check_image_size(image_size: int) -> None:
@@ -112,6 +151,49 @@ def _check_place(places: bool, place: Tensor | None, n: int) -> None:
         raise ValueError(f"place must be ({n}, 2) pixels (x, y), got {None if place is None else tuple(place.shape)}")
     if not places and place is not None:
         raise ValueError("place was given, but this model does not know places (its config has places=False)")
+
+
+def _coarsest(size: int) -> int:
+    """What is left of a side of ``size`` pixels after halving it to 7 or less, if it can be: 4 of 64, 5 of 40."""
+    while size > 7 and size % 2 == 0:
+        size //= 2
+    return size
+
+
+class View(NamedTuple):
+    """The part of N pictures that a turn is about: all of each, or a window around its place."""
+
+    images: list[Tensor]
+    """(N, 3, h, w) each."""
+    details: list[Tensor]
+    """In a window what is fine in each picture, (N, 3, h, w): ten times its distance to its 3x3 mean. Grain is less
+    than a grey level and would drown beside the objects. Empty where the view is the whole picture."""
+    maps: list[Tensor]
+    """The place as a blob, (N, 1, h, w), for models that know places; in a window also the coordinates in the whole
+    picture from -1 to 1, (N, 2, h, w) (Liu et al. 2018, arXiv:1807.03247)."""
+    corners: Tensor | None
+    """(N, 2) upper left pixels of the windows, None where the view is the whole picture."""
+
+    @staticmethod
+    def channels(config: GeneratorConfig | DiscriminatorConfig | NoiseEncoderConfig) -> tuple[int, int]:
+        """Channels of a picture's detail, and of all maps."""
+        return 0 if config.window is None else 3, 0 if not config.places else 1 if config.window is None else 3
+
+
+def _view(images: Sequence[Tensor], place: Tensor | None, window: int | None) -> View:
+    if place is None:
+        return View([*images], [], [], None)
+    size = images[0].shape[-1]
+    if window is None:
+        return View([*images], [], [place_map(place, size)], None)
+    corners = window_corners(place, size, window)
+    inside = corners[:, :, None] + torch.arange(window, device=place.device)  # (N, 2, window) pixels (x, y)
+    x, y = (inside * (2 / (size - 1)) - 1).unbind(1)
+    coordinates = torch.stack((x[:, None, :].expand(-1, window, -1), y[:, :, None].expand(-1, -1, window)), 1)
+    crops = [crop(image, corners, window) for image in images]
+    means = [F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1) for image in crops]
+    details = [10 * (image - mean) for image, mean in zip(crops, means, strict=True)]
+    return View(crops, details, [place_map(place - corners, window), coordinates], corners)
 
 
 class ConditionRNN(nn.Module):
@@ -150,20 +232,18 @@ class ConditionRNN(nn.Module):
 
 
 class PreviousImageEncoder(nn.Module):
-    """Features of the picture so far: 4x4 convolutions of stride 2 down to 8x8, each with batch norm and ReLU.
+    """Features of the picture so far: 4x4 convolutions of stride 2, each with batch norm and ReLU.
 
     Shape:
         image: (N, in_channels, H, W).
-        output: list of feature maps from half the resolution down to (N, 8 width, 8, 8).
+        output: list of feature maps, one for each entry of ``channels``, each at half the resolution of the one before.
     """
 
-    def __init__(self, in_channels: int, image_size: int, width: int) -> None:
+    def __init__(self, in_channels: int, channels: Sequence[int]) -> None:
         super().__init__()
-        count = int(log2(image_size // 8))
-        self.channels = [*_widths(count, width)[:-1], 8 * width]
-        sizes = [in_channels, *self.channels]
+        sizes = [in_channels, *channels]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1, bias=False) for i, o in pairwise(sizes))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for channels in self.channels)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in channels)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         features = []
@@ -248,7 +328,9 @@ class IterativeGenerator(PretrainedModel):
     """Draws one more object into a picture; a scene is drawn by repeating this from an empty one.
 
     One turn (:meth:`forward`): the noise and the projected condition become a 4x4 map, four blocks (at 64 pixels) bring
-    it to full size, and features of the previous picture join at 8x8. Scenes are drawn by :meth:`generate`.
+    it to full size, and features of the previous picture join at 8x8. With ``config.window`` all this is done in a
+    square around the place of the new object, and what is outside stays as it was, bit for bit. Scenes are drawn by
+    :meth:`generate`.
 
     Args:
         config: the architecture; None is the reference's, 64x64 and 24 objects.
@@ -282,23 +364,28 @@ class IterativeGenerator(PretrainedModel):
         self.config = config = config or GeneratorConfig()
         self.vocabulary = Vocabulary(config.objects)
         self.encoder = ConditionRNN(len(self.vocabulary), config.condition_dim)
-        num_blocks = int(log2(config.image_size // 4))
-        widths = [*reversed(_widths(num_blocks + 1, config.width))]  # of the 4x4 map and of each block's output
+        size = config.window or config.image_size
+        self.coarsest = _coarsest(size)
+        num_blocks = int(log2(size // self.coarsest))
+        widths = [*reversed(_widths(num_blocks + 1, config.width))]  # of the coarsest map and of each block's output
         skips = config.output == "blend"
-        self.prev_encoder = PreviousImageEncoder(3 + config.places, config.image_size, config.width)
-        joined = [*reversed(self.prev_encoder.channels)]  # from 8x8 up
+        channels = widths[-2:0:-1]  # of the previous picture's features: as many as the generator has there
+        if config.window is None:  # the reference's: fewer, but for the last
+            channels = [*_widths(num_blocks - 1, config.width)[:-1], 8 * config.width]
+        known = 3 + sum(View.channels(config))
+        self.prev_encoder = PreviousImageEncoder(known, channels)
+        joined = [*reversed(channels)]  # from the second resolution up
         joined = joined if skips else [joined[0], *(0 for _ in joined[1:])]
         norm_dim = config.condition_dim + (config.z_dim if config.noise_in_norm else 0)
 
         self.c_proj = nn.Linear(config.condition_dim, config.condition_dim)
-        self.l0 = nn.Linear(config.z_dim + config.condition_dim, widths[0] * 4 * 4)
+        self.l0 = nn.Linear(config.z_dim + config.condition_dim, widths[0] * self.coarsest**2)
         for i, extra in enumerate([0, *joined]):
             setattr(self, f"block{i + 1}", GenBlock(widths[i] + extra, widths[i + 1], norm_dim))
         self.num_blocks = num_blocks
         self.bn = nn.BatchNorm2d(widths[-1])
         self.ac = nn.LeakyReLU(NEGATIVE_SLOPE)
-        full_size = 3 + config.places if skips else 0
-        self.conv = nn.Conv2d(widths[-1] + full_size, 4 if skips else 3, 3, padding=1)
+        self.conv = nn.Conv2d(widths[-1] + (known if skips else 0), 4 if skips else 3, 3, padding=1)
         if skips:  # a fresh generator keeps most of the previous picture
             nn.init.constant_(self.conv.get_parameter("bias")[3:], -2.0)
         self.tanh = nn.Tanh()
@@ -328,17 +415,21 @@ class IterativeGenerator(PretrainedModel):
         _check_shape("z", z, len(prev_image), self.config.z_dim)
         _check_shape("condition", condition, len(prev_image), self.config.condition_dim)
         _check_place(self.config.places, place, len(prev_image))
-        known = prev_image.to(condition.dtype)
-        if place is not None:
-            known = torch.cat((known, place_map(place, size).to(known.dtype)), 1)
-        features = self.prev_encoder(known)[::-1]  # from 8x8 up
+        view = _view([prev_image], place, self.config.window)
+        known = torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype)
+        drawn = self._draw(z, condition, view.images[0], known)
+        return drawn if view.corners is None else paste(prev_image, drawn, view.corners)
+
+    def _draw(self, z: Tensor, condition: Tensor, prev_image: Tensor, known: Tensor) -> Tensor:
+        """The turn inside the window: ``known`` is ``prev_image`` (N, 3, h, w) with the maps of its place."""
+        features = self.prev_encoder(known)[::-1]  # from the second resolution up
         norm_condition = torch.cat((condition, z), 1) if self.config.noise_in_norm else condition
 
-        x = self.l0(torch.cat((z, self.c_proj(condition)), 1)).unflatten(1, (-1, 4, 4))
+        x = self.l0(torch.cat((z, self.c_proj(condition)), 1)).unflatten(1, (-1, self.coarsest, self.coarsest))
         x = x.contiguous(memory_format=torch.channels_last)
         for i in range(self.num_blocks):
             if i == 1 or (i > 1 and self.config.output == "blend"):
-                x = torch.cat((x, features[i - 1]), 1)  # from 8x8 up
+                x = torch.cat((x, features[i - 1]), 1)
             x = self.get_submodule(f"block{i + 1}")(x, norm_condition)  # twice as high and wide
         x = self.ac(self.bn(x))  # (N, width, H, W)
         if self.config.output == "tanh":
@@ -356,6 +447,7 @@ class IterativeGenerator(PretrainedModel):
         seed: int | None = None,
         at: Sequence[Place | None] | Sequence[Sequence[Place | None] | None] | None = None,
         best_of: int = 1,
+        redraw: Redraw = "picture",
     ) -> Drawing:
         """Draw scenes.
 
@@ -368,13 +460,18 @@ class IterativeGenerator(PretrainedModel):
             at: for each object the centre in pixels (x, y), or None to have it drawn; for a batch a list of such lists.
             best_of: draw so many candidates of each picture and keep the one the bundled verifier likes best; its seed
                 and score are in the result. Costs as many times more.
+            redraw: what ``best_of`` is about: ``"picture"`` as above; ``"turn"`` draws only those turns again, on the
+                same picture, after which the verifier does not find the objects asked so far, up to ``best_of`` times
+                (:data:`condgan.drawing.GOOD_TURN`). Where the first draw is right that costs next to nothing:
+                ``result.draws`` says what it took.
 
         Returns:
             A :class:`condgan.Drawing`.
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: a list is empty, a name unknown, a place outside the picture, or the model knows no places.
+            ValueError: a list is empty, a name unknown, a place outside the picture, the model knows no places, or
+                ``redraw`` is something else.
 
         Warns:
             UserWarning: a scene has more objects than those the model was trained on.
@@ -383,7 +480,7 @@ class IterativeGenerator(PretrainedModel):
             >>> IterativeGenerator(GeneratorConfig(width=4)).generate(["red cube"], num_images=2, seed=7).seeds
             [7, 8]
         """
-        return drawing.draw(self, conditions, num_images=num_images, seed=seed, at=at, best_of=best_of)
+        return drawing.draw(self, conditions, num_images=num_images, seed=seed, at=at, best_of=best_of, redraw=redraw)
 
     def add(
         self,
@@ -394,6 +491,7 @@ class IterativeGenerator(PretrainedModel):
         seed: int | None = None,
         at: Sequence[Place | None] | None = None,
         best_of: int = 1,
+        redraw: Redraw = "picture",
     ) -> Drawing:
         """Add objects to a picture from anywhere.
 
@@ -404,13 +502,16 @@ class IterativeGenerator(PretrainedModel):
             num_images: draws of each scene.
             seed: of the first picture.
             at: for each object its centre in pixels of the model's size, or None to have it drawn.
-            best_of: candidates of each picture.
+            best_of: candidates of each picture, or of each turn.
+            redraw: which of the two.
 
         Returns:
             As :meth:`generate`.
         """
         start = pictures.load_image(image, self.config.image_size)
-        return drawing.draw(self, conditions, num_images=num_images, seed=seed, at=at, best_of=best_of, start=start)
+        return drawing.draw(
+            self, conditions, num_images=num_images, seed=seed, at=at, best_of=best_of, redraw=redraw, start=start
+        )
 
     def stream(
         self, conditions: str | Sequence[str], *, seed: int | None = None, at: Sequence[Place | None] | None = None
@@ -467,8 +568,8 @@ class DiffDiscriminator(PretrainedModel):
         super().__init__()
         self.config = config = config or DiscriminatorConfig()
         self.vocabulary = Vocabulary(config.objects)
-        self.num_blocks = int(log2(config.image_size // 2))
-        widths = [3 + config.places, *_widths(self.num_blocks, config.width)]
+        self.num_blocks = int(log2((config.window or config.image_size) // 2))
+        widths = [3 + sum(View.channels(config)), *_widths(self.num_blocks, config.width)]
         for i in range(self.num_blocks):
             setattr(self, f"block{i + 1}", DisBlock(widths[i], widths[i + 1], i > 0, config.spectral_norm))
         num_features = widths[-1]
@@ -492,10 +593,10 @@ class DiffDiscriminator(PretrainedModel):
             _check_shape(name, image, n, 3, size, size)
         _check_shape("condition", condition, n, self.config.condition_dim)
         _check_place(self.config.places, place, n)
-        x = torch.cat((prev_image, *images))
-        if place is not None:
-            blob = place_map(place, size).to(x.dtype)
-            x = torch.cat((x, blob.repeat(1 + len(images), 1, 1, 1)), 1)
+        view = _view([prev_image, *images], place, self.config.window)
+        maps = [map_.to(prev_image.dtype).repeat(1 + len(images), 1, 1, 1) for map_ in view.maps]
+        details = [torch.cat(view.details)] if view.details else []
+        x = torch.cat((torch.cat(view.images), *maps, *details), 1)
         x = x.contiguous(memory_format=torch.channels_last)
         for i in range(3):
             x = self.get_submodule(f"block{i + 1}")(x)
@@ -512,3 +613,57 @@ class DiffDiscriminator(PretrainedModel):
         self, prev_image: Tensor, image: Tensor, condition: Tensor, place: Tensor | None = None
     ) -> DiscriminatorOutput:
         return self.compare(prev_image, [image], condition, place)[0]
+
+
+class NoiseEncoder(PretrainedModel):
+    """Finds the noise with which a generator would draw a given turn: the pose of a cube, for example.
+
+    It is trained together with the generator, which must draw the real picture from it; without it nothing would tell
+    the generator which noise stands for which pose. Over a batch every number of the noise has mean 0 and, once it
+    tells pictures apart, variance 1, by a batch norm without parameters, so noise that is drawn at random stands for
+    something, too.
+
+    Args:
+        config: the architecture; None is the default generator's.
+
+    Shape:
+        prev_image: (N, 3, H, W) in [-1, 1], the picture before the turn.
+        image: (N, 3, H, W) in [-1, 1], the picture after it.
+        place: (N, 2) centre of the new object in pixels (x, y), if ``config.places``; else None.
+        output: (N, z_dim), about standard normal.
+
+    Modes: training normalises with the statistics of the batch, of at least two turns; eval with the running ones.
+
+    Source: the encoder of Zhu et al. 2017 (BicycleGAN), arXiv:1711.11586, section 3.3, with the batch norm of Zhu et
+    al. 2020 (BN-VAE), arXiv:2004.12585, in place of a Kullback-Leibler term.
+
+    Example:
+        >>> before, after = torch.rand(2, 4, 3, 64, 64) * 2 - 1
+        >>> NoiseEncoder(NoiseEncoderConfig(width=4, z_dim=6))(before, after).shape
+        torch.Size([4, 6])
+    """
+
+    config_class: ClassVar[type] = NoiseEncoderConfig
+    config: NoiseEncoderConfig
+
+    def __init__(self, config: NoiseEncoderConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or NoiseEncoderConfig()
+        sizes = [6 + View.channels(config)[1], *_widths(3, config.width)]
+        self.stages = nn.Sequential()
+        for i, o in pairwise(sizes):
+            self.stages.append(nn.Sequential(nn.Conv2d(i, o, 4, 2, 1), nn.LeakyReLU(NOISE_ENCODER_SLOPE)))
+            self.stages.append(nn.Sequential(nn.Conv2d(o, o, 3, 1, 1), nn.LeakyReLU(NOISE_ENCODER_SLOPE)))
+        self.linear = nn.Linear(2 * sizes[-1], config.z_dim)
+        self.norm = nn.BatchNorm1d(config.z_dim, affine=False)
+
+    def forward(self, prev_image: Tensor, image: Tensor, place: Tensor | None = None) -> Tensor:
+        n, size = len(prev_image), self.config.image_size
+        for name, picture in (("prev_image", prev_image), ("image", image)):
+            _check_shape(name, picture, n, 3, size, size)
+        _check_place(self.config.places, place, n)
+        view = _view([prev_image, image], place, self.config.window)
+        before, after = view.images
+        x = torch.cat((after, after - before, *view.maps), 1)
+        x = self.stages(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(self.linear(torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)).float())

@@ -43,7 +43,7 @@ class Drawing:
     conditions: list[list[str]]
     """For each picture the objects that it was asked to add, in order."""
     seeds: list[int]
-    """For each picture the seed that draws it again."""
+    """For each picture the seed that draws it again, with the arguments of ``again`` if there are any."""
     places: list[list[Place]] | None
     """For each picture where each object was put, in pixels (x, y); None if the model does not know places."""
     trajectory: Tensor
@@ -51,6 +51,16 @@ class Drawing:
     scores: list[float] | None = None
     """With ``best_of``: the verifier's probability that exactly the asked objects are in the picture; those that it saw
     in the picture that ``add`` was given are asked, too."""
+    draws: list[list[int]] | None = None
+    """For each picture how often each of its turns was drawn: passes of the generator, 1 each unless ``best_of``."""
+    again: list[dict[str, object]] | None = None
+    """With ``redraw="turn"``: for each picture the arguments ``at``, ``best_of`` and ``redraw`` that draw it again
+    with its seed; without, seed and places do."""
+
+    @property
+    def passes(self) -> list[int] | None:
+        """For each picture the passes of the generator that it took, those of candidates that were not kept too."""
+        return None if self.draws is None else [sum(turns) for turns in self.draws]
 
     @property
     def tensor(self) -> Tensor:
@@ -88,11 +98,12 @@ class Drawing:
         return pictures.grid(self.images, math.ceil(len(self.seeds) ** 0.5) if columns is None else columns)
 
     def metadata(self, index: int) -> dict[str, object]:
-        """How to draw picture ``index`` again: conditions, seed and places."""
+        """How to draw picture ``index`` again: conditions, seed and places, and the arguments of ``again``."""
         return {
             "conditions": self.conditions[index],
             "seed": self.seeds[index],
             "places": None if self.places is None else self.places[index],
+            **({} if self.again is None else self.again[index]),
         }
 
     def save(self, path: str | os.PathLike[str], index: int | None = None) -> list[Path]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
-from condgan.models import DiffDiscriminator, IterativeGenerator
+from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.results import Drawing
 from condgan.training import TrainConfig, Trainer, TrainingDiverged, TrainingScenes
 
@@ -32,7 +32,7 @@ LOG_INTERVAL = 20
 
 
 def train(
-    data: str | Path,
+    data: str | Path | SceneDataset,
     out: str | Path,
     config: TrainConfig,
     *,
@@ -47,7 +47,8 @@ def train(
     and ``pictures/`` (drawings), all but the log anew with every checkpoint; and ``tensorboard/`` if it is installed.
 
     Args:
-        data: packed file of ``condgan prepare``, or the folder that holds it; its train split is used.
+        data: packed file of ``condgan prepare``, or the folder that holds it; its train split is used. Or a data set of
+            just the scenes to train on; resuming needs the same one.
         out: folder of the run.
         config: what to train; :data:`condgan.training.PRESETS` holds some.
         device: such as ``cuda``; None takes a GPU if there is one.
@@ -64,7 +65,7 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written.
     """
     out = Path(out)
-    dataset = SceneDataset(data, "train")
+    dataset = data if isinstance(data, SceneDataset) else SceneDataset(data, "train")
     _check_data(dataset, config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -73,12 +74,14 @@ def train(
         raise OSError(f"out: cannot make the folder {str(out)!r} ({error.strerror}): choose another") from None
     checkpoint = out / CHECKPOINT
     stored = _read_checkpoint(checkpoint, config) if checkpoint.exists() else None
-    generator, discriminator = _fresh_networks(config)
+    generator, discriminator, noise_encoder = _fresh_networks(config)
     if stored is not None:
         for name, buffer in generator.canvas.named_buffers():
             buffer.copy_(stored.tensors[f"generator.canvas.{name}"])
     scenes = TrainingScenes(dataset, generator, fit_canvas=stored is None and config.init_generator is None)
-    trainer = Trainer(config, scenes, generator.to(device), discriminator.to(device))
+    if noise_encoder is not None:
+        noise_encoder.to(device)
+    trainer = Trainer(config, scenes, generator.to(device), discriminator.to(device), noise_encoder)
     if stored is not None:
         _restore(trainer, stored)
     with (
@@ -126,20 +129,25 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _fresh_networks(config: TrainConfig) -> tuple[IterativeGenerator, DiffDiscriminator]:
+def _fresh_networks(config: TrainConfig) -> tuple[IterativeGenerator, DiffDiscriminator, NoiseEncoder | None]:
     """The networks before the first step; global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         generator, discriminator = IterativeGenerator(config.generator), DiffDiscriminator(config.discriminator)
-    for name, network in (("init_generator", generator), ("init_discriminator", discriminator)):
+        noise_encoder = None if config.noise_encoder is None else NoiseEncoder(config.noise_encoder)
+    networks = {"generator": generator, "discriminator": discriminator, "noise_encoder": noise_encoder}
+    for name, network in networks.items():
+        name = f"init_{name}"
         source = getattr(config, name)
         if source is None:
             continue
+        if network is None:
+            raise ValueError(f"{name}: {source!r} was given, but this run reconstructs nothing and has no such network")
         pretrained = type(network).from_pretrained(source)
         if pretrained.config != network.config:
             raise ValueError(f"{name}: {source!r} has the configuration {pretrained.config}, the run {network.config}")
         network.load_state_dict(pretrained.state_dict())
-    return generator, discriminator
+    return generator, discriminator, noise_encoder
 
 
 def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:
@@ -161,6 +169,8 @@ def _save_run(trainer: Trainer, out: Path) -> IterativeGenerator:
     generator = trainer.export()
     generator.save_pretrained(out / "model")
     trainer.discriminator.save_pretrained(out / "discriminator")
+    if trainer.noise_encoder is not None:
+        trainer.noise_encoder.save_pretrained(out / "noise-encoder")
     names = [[trainer.scenes.names[i] for i in row] for row in trainer.scenes.objects[:24].tolist()]
     sheet = Drawing(names, list(range(len(names))), None, draw_turns(generator, names, range(len(names))).images)
     (out / "pictures").mkdir(exist_ok=True)

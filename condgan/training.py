@@ -13,17 +13,22 @@ from torch import Tensor, nn
 from condgan import images as pictures
 from condgan.datasets import SceneDataset
 from condgan.drawing import iterate_turns
-from condgan.functional import changed_region, crop, crop_corners, place_of_change, roll_conditions, rollout
+from condgan.functional import changed_region, place_of_change, roll_conditions, rollout
 from condgan.losses import OBJECTIVES
 from condgan.models import (
     DiffDiscriminator,
     DiscriminatorConfig,
-    DiscriminatorOutput,
     GeneratorConfig,
     IterativeGenerator,
+    NoiseEncoder,
+    NoiseEncoderConfig,
 )
 
 MAX_SKIPPED_IN_A_ROW = 5
+FOUND_NOISE_STD = 0.15
+"""Standard deviation of what is added to the noise that the noise encoder finds: it must leave room around each."""
+CHANGED_WEIGHT = 5.0
+"""Weight of a changed pixel in the reconstruction loss, where an unchanged one has 1."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -41,7 +46,11 @@ class TrainConfig:
     images: int = 140 * 16_206
     """Pictures to train on, over both stages; a longer run may go on from a shorter one."""
     reconstruction_images: int = 0
-    """Length of the first stage, in pictures: weighted L1 to the real next picture, no discriminator."""
+    """Length of the first stage, in pictures: the noise encoder finds the noise of the real next picture, from which
+    the generator must draw it; no discriminator."""
+    reconstruction_weight: float = 0.0
+    """Adversarial stage: weight of the same reconstruction for half of the pictures; the others get random noise, as
+    all do with a weight of 0."""
     batch_scenes: int = 11
     """Scenes a step; every turn of a scene is one picture."""
     lr_generator: float = 1e-4
@@ -51,22 +60,23 @@ class TrainConfig:
     """Adam's second coefficient in the adversarial stage; the first is 0."""
     lr_reconstruction: float = 1e-3
     """Generator and encoder in the first stage."""
-    preservation_weight: float = 0.0
-    """Adversarial stage: weight of the mean absolute change outside the crop that the discriminator sees."""
-    changed_weight: float = 5.0
-    """Weight of a changed pixel in the L1 loss, where an unchanged one has 1."""
-    candidates: int = 1
-    """Draws a picture, of which the L1 loss takes the nearest (implicit maximum likelihood, arXiv:1811.12373)."""
     penalty_interval: int = 1
     """Gradient penalties every so many steps, multiplied by as much."""
+    decay_images: int = 0
+    """Pictures at the end of the run over which the learning rates fall linearly to a tenth."""
     own_pictures: float = 0.0
     """Share of scenes, at the end of the run, whose turns start from the model's own picture; grows from 0."""
+    history_dropout: float = 0.0
+    """Share of scenes of which the RNN reads every turn as if it were the first, as it is when an object is added to a
+    picture from elsewhere: what stands there is then known from the picture only."""
     ema_halflife_images: int = 10_000
     """Pictures after which a weight has half its influence on the averaged model."""
     init_generator: str | None = None
     """Name, folder or hub id of a generator to start from; None starts afresh."""
     init_discriminator: str | None = None
     """Name, folder or hub id of a discriminator to start from; None starts afresh."""
+    init_noise_encoder: str | None = None
+    """Name, folder or hub id of a noise encoder to start from; None starts afresh."""
     bf16: bool = True
     """Autocast to bfloat16; weights, penalties and optimizer stay float32."""
     seed: int = 0
@@ -74,23 +84,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {sorted(OBJECTIVES)}, got {self.objective!r}")
-        for name in ("batch_scenes", "candidates", "penalty_interval", "ema_halflife_images"):
+        for name in ("batch_scenes", "penalty_interval", "ema_halflife_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("places", "condition_dim", "objects"):
+        for name in ("image_size", "places", "window", "condition_dim", "objects"):
             ours, theirs = getattr(self.generator, name), getattr(self.discriminator, name)
             if ours != theirs:
                 raise ValueError(f"generator and discriminator must agree on {name}, got {ours!r} and {theirs!r}")
-        if self.crops and not (self.generator.places and self.discriminator.image_size < self.generator.image_size):
-            raise ValueError(
-                f"a discriminator of {self.discriminator.image_size} pixels beside a generator of "
-                f"{self.generator.image_size} judges crops around places: it must be smaller, and both need places=True"
-            )
 
     @property
-    def crops(self) -> bool:
-        """Whether the discriminator judges a crop around the object's place: its ``image_size`` is smaller."""
-        return self.discriminator.image_size != self.generator.image_size
+    def noise_encoder(self) -> NoiseEncoderConfig | None:
+        """The noise encoder's architecture; None where nothing is reconstructed."""
+        if not (self.reconstruction_images or self.reconstruction_weight):
+            return None
+        ours = self.generator
+        return NoiseEncoderConfig(image_size=ours.image_size, z_dim=ours.z_dim, places=ours.places, window=ours.window)
 
 
 PRESETS: dict[str, TrainConfig] = {
@@ -98,21 +106,22 @@ PRESETS: dict[str, TrainConfig] = {
     "reference-code": TrainConfig(objective="reference-code", lr_encoder=3e-4),
     "compact": TrainConfig(
         generator=GeneratorConfig(
-            width=16, z_dim=16, output="blend", places=True, noise_in_norm=True, light_components=16
+            width=24, z_dim=6, output="blend", places=True, window=40, noise_in_norm=True, light_components=64
         ),
-        discriminator=DiscriminatorConfig(image_size=32, width=32, places=True, spectral_norm=False),
+        discriminator=DiscriminatorConfig(width=32, places=True, window=40, spectral_norm=False),
         objective="relativistic",
-        images=300_000,
-        reconstruction_images=20_000,
+        images=350_000,
+        reconstruction_images=100_000,
+        reconstruction_weight=5.0,
         batch_scenes=5,
         lr_generator=3e-4,
         lr_discriminator=5e-4,
-        lr_encoder=2e-4,
+        lr_encoder=3e-4,
         beta2=0.99,
-        preservation_weight=5.0,
-        candidates=3,
         penalty_interval=4,
+        decay_images=80_000,
         own_pictures=0.5,
+        history_dropout=0.25,
     ),
 }
 
@@ -187,6 +196,12 @@ def _step_rng(seed: int, step: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_000_033 + salt % 1_000_033)
 
 
+def _rounded(images: Tensor) -> Tensor:
+    """Pictures in [-1, 1] at the nearest of 256 levels; the gradient passes as if they were not."""
+    levels = ((images.detach() + 1) * 127.5).round() / 127.5 - 1
+    return images + (levels - images).detach()
+
+
 class Trainer:
     """Networks, optimizers and averaged model of one run; :func:`condgan.runs.train` drives it.
 
@@ -195,6 +210,7 @@ class Trainer:
         scenes: the train split.
         generator: networks that are trained in place.
         discriminator: likewise.
+        noise_encoder: likewise; None where the configuration has none.
     """
 
     def __init__(
@@ -203,6 +219,7 @@ class Trainer:
         scenes: TrainingScenes,
         generator: IterativeGenerator,
         discriminator: DiffDiscriminator,
+        noise_encoder: NoiseEncoder | None = None,
     ) -> None:
         self.config = config
         self.scenes = scenes
@@ -210,13 +227,18 @@ class Trainer:
         self.device = next(generator.parameters()).device
         self.generator = generator.to(memory_format=torch.channels_last).train()
         self.discriminator = discriminator.to(memory_format=torch.channels_last).train()
+        self.noise_encoder = noise_encoder
+        found = []
+        if noise_encoder is not None:
+            self.noise_encoder = noise_encoder.to(memory_format=torch.channels_last).train()
+            found = list(noise_encoder.parameters())
         self.ema_generator = copy.deepcopy(generator).eval().requires_grad_(False)
         encoder = list(generator.encoder.parameters())
         others = [p for name, p in generator.named_parameters() if not name.startswith("encoder.")]
         betas = (0.0, config.beta2)
         self.optimizers = {
-            "reconstruction": torch.optim.Adam([*encoder, *others], config.lr_reconstruction, (0.0, 0.99)),
-            "generator": torch.optim.Adam(others, config.lr_generator, betas),
+            "reconstruction": torch.optim.Adam([*encoder, *others, *found], config.lr_reconstruction, (0.0, 0.99)),
+            "generator": torch.optim.Adam([*others, *found], config.lr_generator, betas),
             "encoder": torch.optim.Adam(encoder, config.lr_encoder, betas),
             "discriminator": torch.optim.Adam(discriminator.parameters(), config.lr_discriminator, betas),
         }
@@ -235,11 +257,26 @@ class Trainer:
         batch = self.scenes.batch(self.step, self.config.batch_scenes, self.config.seed)
         batch = Batch(*(None if t is None else t.to(self.device) for t in batch))  # type: ignore[arg-type]
         batch = self._mix_own_pictures(batch)
+        self._set_learning_rates()
         losses = self._adversarial_step(batch) if self.adversarial else self._reconstruction_step(batch)
         self._update_average(len(batch.images))
         self.step += 1
         self.images += len(batch.images)
         return losses
+
+    def _set_learning_rates(self) -> None:
+        config = self.config
+        rates = {
+            "reconstruction": config.lr_reconstruction,
+            "generator": config.lr_generator,
+            "encoder": config.lr_encoder,
+            "discriminator": config.lr_discriminator,
+        }
+        left = max(0.0, config.images - self.images) / max(1, config.decay_images)
+        factor = min(1.0, 0.1 + 0.9 * left) if config.decay_images else 1.0
+        for name, rate in rates.items():
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = rate * factor
 
     def _mix_own_pictures(self, batch: Batch) -> Batch:
         """Let some scenes go on from what the averaged model drew; what a turn adds stays the same."""
@@ -262,12 +299,21 @@ class Trainer:
             drawn = rollout(self.ema_generator, batch.objects[own], z, start_images, places).float()
         before = torch.cat((start_images[:, None], drawn[:, :-1]), 1).flatten(0, 1)
         changed = changed_region(prev_images[rows], images[rows])[:, None]
-        images[rows] = torch.where(changed, images[rows], before)
+        shaded = (before + images[rows] - prev_images[rows]).clamp(-1, 1)  # soft shadows fall on what was drawn
+        images[rows] = torch.where(changed, images[rows], shaded)
         prev_images[rows] = before
         return batch._replace(prev_images=prev_images, images=images)
 
     def _conditions(self, objects: Tensor) -> Tensor:
-        return roll_conditions(self.generator.encoder, objects)[0].flatten(0, 1)  # (N, D)
+        """What the RNN says of every turn, (N, D); of some scenes it reads each turn as if it were the first."""
+        conditions = roll_conditions(self.generator.encoder, objects)[0]
+        rng = _step_rng(self.config.seed, self.step, "history")
+        forgetful = torch.rand(len(objects), generator=rng) < self.config.history_dropout
+        if forgetful.any():
+            alone, _ = roll_conditions(self.generator.encoder, objects.flatten(0, 1)[:, None])  # (N, 1, D)
+            forgetful = forgetful.to(conditions.device)[:, None, None]
+            conditions = torch.where(forgetful, alone.view_as(conditions), conditions)
+        return conditions.flatten(0, 1)
 
     def _noise(self, batch: Batch, purpose: str) -> Tensor:
         rng = _step_rng(self.config.seed, self.step, purpose)
@@ -277,23 +323,23 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
 
     def _reconstruction_errors(self, fake: Tensor, batch: Batch) -> Tensor:
-        """Weighted L1 to the real next picture, (N,)."""
-        changed = changed_region(batch.prev_images, batch.images)[:, None]
-        weight = 1 + (self.config.changed_weight - 1) * changed
-        return (weight * (fake.float() - batch.images).abs()).mean((1, 2, 3))
+        """Weighted L1 to the real next picture, of values and of differences between neighbours, (N,).
 
-    def _nearest_noise(self, batch: Batch, conditions: Tensor) -> Tensor:
-        """Of ``candidates`` draws a picture, the noise of the one nearest to the real picture."""
-        draws = [self._noise(batch, f"candidate {i}") for i in range(self.config.candidates)]
-        if len(draws) == 1:
-            return draws[0]
-        with torch.no_grad(), self._autocast():
-            errors = [
-                self._reconstruction_errors(self.generator(z, conditions, batch.prev_images, batch.places), batch)
-                for z in draws
-            ]
-        nearest = torch.stack(errors).argmin(0)
-        return torch.stack(draws)[nearest, torch.arange(len(nearest), device=nearest.device)]
+        The differences make edges count, which are what tells one pose of an object from another.
+        """
+        weight = 1 + (CHANGED_WEIGHT - 1) * changed_region(batch.prev_images, batch.images)[:, None]
+        error = fake.float() - batch.images
+        size = self.config.generator.window or self.config.generator.image_size
+        total = (weight * error.abs()).sum((1, 2, 3))
+        total = total + (weight[:, :, :, 1:] * error.diff(dim=3).abs()).sum((1, 2, 3))
+        total = total + (weight[:, :, 1:] * error.diff(dim=2).abs()).sum((1, 2, 3))
+        return total / (3 * size**2)
+
+    def _found_noise(self, batch: Batch) -> Tensor:
+        """The noise that the noise encoder sees in the real pictures, (N, z_dim), about standard normal."""
+        assert self.noise_encoder is not None
+        found = self.noise_encoder(batch.prev_images, batch.images, batch.places)
+        return (1 - FOUND_NOISE_STD**2) ** 0.5 * found + FOUND_NOISE_STD * self._noise(batch, "around")
 
     def _place_loss(self, batch: Batch, conditions: Tensor) -> Tensor:
         if self.generator.place_model is None or batch.places is None:
@@ -303,88 +349,82 @@ class Trainer:
     def _reconstruction_step(self, batch: Batch) -> dict[str, float]:
         with self._autocast():
             conditions = self._conditions(batch.objects)
-            z = self._nearest_noise(batch, conditions.detach())
-            fake = self.generator(z, conditions, batch.prev_images, batch.places)
+            fake = self.generator(self._found_noise(batch), conditions, batch.prev_images, batch.places)
         reconstruction = self._reconstruction_errors(fake, batch).mean()
         place = self._place_loss(batch, conditions)
-        self._optimize(reconstruction + 0.01 * place, "reconstruction")
+        self._optimize({("reconstruction",): reconstruction + 0.01 * place})
         return {"reconstruction": reconstruction.item(), "place": place.item()}
 
     def _adversarial_step(self, batch: Batch) -> dict[str, float]:
+        """Both networks learn from one pass of the discriminator, the generator from its weights before the update."""
         objects = batch.objects.flatten(0, 1)
+        penalised = self.step % self.config.penalty_interval == 0
+        reconstructs = self.config.reconstruction_weight > 0
+        z = self._noise(batch, "z")
         with self._autocast():
             conditions = self._conditions(batch.objects)
-            fake = self.generator(self._noise(batch, "z"), conditions, batch.prev_images, batch.places)
-        fake = fake.float()
-        seen = conditions.detach()
-        places, prev_view, real_view, fake_view = self._views(batch, fake)
+            if reconstructs:
+                rng = _step_rng(self.config.seed, self.step, "which")
+                found = (torch.rand(len(z), generator=rng) < 0.5).to(z.device)
+                z = torch.where(found[:, None], self._found_noise(batch), z)
+            drawn = self.generator(z, conditions, batch.prev_images, batch.places).float()
+        fake = _rounded(drawn)  # as users see it: the discriminator shall not judge what rounding hides
+        real_input = batch.images.clone().requires_grad_(penalised)
+        with self._autocast():
+            pair = self.discriminator.compare(batch.prev_images, [real_input, fake], conditions.detach(), batch.places)
+        (real_logits, real_object_logits), (fake_logits, fake_object_logits) = (
+            (output.logits.float(), output.object_logits.float()) for output in pair
+        )
 
-        # Discriminator
-        penalised = self.step % self.config.penalty_interval == 0
-        real_input, fake_input = (x.detach().clone().requires_grad_(penalised) for x in (real_view, fake_view))
-        real, judged = self._judge(prev_view, [real_input, fake_input], seen, places)
-        loss = self.objective.discriminator(
-            real_logits=real.logits,
-            fake_logits=judged.logits,
-            real_object_logits=real.object_logits,
-            fake_object_logits=judged.object_logits,
+        discriminator_loss = self.objective.discriminator(
+            real_logits=real_logits,
+            fake_logits=fake_logits,
+            real_object_logits=real_object_logits,
+            fake_object_logits=fake_object_logits,
             objects=objects,
         ).mean()
-        losses = {"discriminator": loss.item(), "gap": (real.logits - judged.logits).mean().item()}
+        generator_loss = self.objective.generator(
+            real_logits=real_logits.detach(),
+            fake_logits=fake_logits,
+            fake_object_logits=fake_object_logits,
+            objects=objects,
+        ).mean()
+        losses = {
+            "discriminator": discriminator_loss.item(),
+            "generator": generator_loss.item(),
+            "gap": (real_logits - fake_logits).mean().item(),
+        }
         if penalised:
             penalty = self.objective.penalty(
-                real_logits=real.logits, real=real_input, fake_logits=judged.logits, fake=fake_input
+                real_logits=real_logits, real=real_input, fake_logits=fake_logits, fake=fake
             ).mean()
             losses["penalty"] = penalty.item()
-            loss = loss + self.config.penalty_interval * penalty
-        self._optimize(loss, "discriminator")
-
-        # Generator
-        self.discriminator.requires_grad_(False)
-        (judged,) = self._judge(prev_view, [fake_view], seen, places)
-        self.discriminator.requires_grad_(True)
-        loss = self.objective.generator(
-            real_logits=real.logits.detach(),  # of this step's discriminator before its update, which saves a pass
-            fake_logits=judged.logits,
-            fake_object_logits=judged.object_logits,
-            objects=objects,
-        ).mean()
-        losses["generator"] = loss.item()
-        if self.config.crops:
-            change = (fake - batch.prev_images).abs().sum() - (fake_view - prev_view).abs().sum()
-            preservation = change / fake.numel()
-            losses["preservation"] = preservation.item()
-            loss = loss + self.config.preservation_weight * preservation
+            discriminator_loss = discriminator_loss + self.config.penalty_interval * penalty
+        if reconstructs:
+            errors = self._reconstruction_errors(drawn, batch)
+            reconstruction = (errors * found).sum() / found.sum().clamp(min=1)
+            losses["reconstruction"] = reconstruction.item()
+            generator_loss = generator_loss + self.config.reconstruction_weight * reconstruction
         place = self._place_loss(batch, conditions)
         losses["place"] = place.item()
-        self._optimize(loss + 0.01 * place, "generator", "encoder")
+        self._optimize(
+            {("discriminator",): discriminator_loss, ("generator", "encoder"): generator_loss + 0.01 * place}
+        )
         return losses
 
-    def _views(self, batch: Batch, fake: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """What the discriminator sees: places, previous, real and fake pictures; whole, or crops around the places."""
-        views = (batch.prev_images, batch.images, fake)
-        if not self.config.crops or batch.places is None:
-            return (batch.places, *views)
-        size = self.config.discriminator.image_size
-        corners = crop_corners(batch.places, self.config.generator.image_size, size)
-        prev_view, real_view, fake_view = (crop(images, corners, size) for images in views)
-        return batch.places - corners, prev_view, real_view, fake_view
-
-    def _judge(
-        self, prev_view: Tensor, views: list[Tensor], conditions: Tensor, places: Tensor | None
-    ) -> list[DiscriminatorOutput]:
-        with self._autocast():
-            outputs = self.discriminator.compare(prev_view, views, conditions, places)
-        return [DiscriminatorOutput(o.logits.float(), o.object_logits.float()) for o in outputs]
-
-    def _optimize(self, loss: Tensor, *names: str) -> None:
-        """One step of the named optimizers, unless the loss or a gradient is not finite."""
-        optimizers = [self.optimizers[name] for name in names]
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        grads = [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
-        if not torch.stack([loss.detach(), *torch._foreach_norm(grads)]).isfinite().all():
+    def _optimize(self, losses: dict[tuple[str, ...], Tensor]) -> None:
+        """One step of the optimizers, each with its own loss, unless a loss or a gradient is not finite."""
+        parameters = {
+            names: [p for name in names for group in self.optimizers[name].param_groups for p in group["params"]]
+            for names in losses
+        }
+        for ours in parameters.values():
+            for parameter in ours:
+                parameter.grad = None
+        for names, loss in losses.items():
+            loss.backward(inputs=parameters[names], retain_graph=True)
+        grads = [p.grad for ours in parameters.values() for p in ours if p.grad is not None]
+        if not torch.stack([*(x.detach() for x in losses.values()), *torch._foreach_norm(grads)]).isfinite().all():
             self.skipped += 1
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -394,8 +434,9 @@ class Trainer:
                 )
             return
         self.skipped_in_a_row = 0
-        for optimizer in optimizers:
-            optimizer.step()
+        for names in losses:
+            for name in names:
+                self.optimizers[name].step()
 
     @torch.no_grad()
     def _update_average(self, num_images: int) -> None:
@@ -413,7 +454,14 @@ class Trainer:
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by the names that checkpoints give them."""
-        return {name: getattr(self, name) for name in ("generator", "discriminator", "ema_generator")}
+        networks: dict[str, nn.Module] = {
+            "generator": self.generator,
+            "discriminator": self.discriminator,
+            "ema_generator": self.ema_generator,
+        }
+        if self.noise_encoder is not None:
+            networks["noise_encoder"] = self.noise_encoder
+        return networks
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
     python examples/finetune.py --data my-scenes --out my-model
 
 The folder has the i-CLEVR layout: images/NAME_0.png, NAME_1.png, ... and train.json, objects.json. The loss is that of
-the first stage of the `compact` preset: a weighted L1 to the real next picture, the place of every object given.
+the first stage of the `compact` preset: the generator is given the place of every object and must draw the real next
+picture. Models of `condgan train` have a noise encoder beside them, which finds the noise for that picture; without
+one the noise is random, and a long training would learn the mean of all poses, which is blurred.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from condgan import IterativeGenerator
+from condgan import IterativeGenerator, NoiseEncoder
 from condgan.datasets import SceneDataset, augment_scene
 from condgan.functional import changed_region, place_of_change, roll_conditions
 from condgan.prepare import prepare
@@ -21,11 +23,18 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--data", required=True, help="folder in the i-CLEVR layout")
 parser.add_argument("--out", required=True, help="folder to write the fine-tuned generator to")
 parser.add_argument("--model", help="a name, folder or hub id; the default is the shipped model")
+parser.add_argument(
+    "--noise-encoder", help="of a model of `condgan train`: RUN/noise-encoder; without, noise is random"
+)
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--learning-rate", type=float, default=1e-4)
 args = parser.parse_args()
 
 generator = IterativeGenerator.from_pretrained(args.model).train()
+noise_encoder = None if args.noise_encoder is None else NoiseEncoder.from_pretrained(args.noise_encoder)
+for field in ("image_size", "z_dim", "places", "window"):
+    if noise_encoder and getattr(noise_encoder.config, field) != getattr(generator.config, field):
+        raise SystemExit(f"{args.noise_encoder}: it is the noise encoder of another model, with another {field}")
 data = SceneDataset(prepare(args.data, image_size=generator.image_size).path)
 if data.vocabulary.names != generator.vocabulary.names:
     raise SystemExit(f"{args.data}: its objects.json must name the model's objects: {generator.vocabulary.names}")
@@ -47,8 +56,16 @@ for epoch in range(args.epochs):
         before, after, changed = before[visible], after[visible], changed[visible]
 
         place = place_of_change(before, after) if generator.config.places else None
-        drawn = generator(torch.randn(len(before), generator.z_dim), conditions, before, place)
-        loss = ((1 + 4 * changed[:, None]) * (drawn - after).abs()).mean()
+        z = torch.randn(len(before), generator.z_dim, generator=rng)
+        if noise_encoder is not None:
+            with torch.no_grad():
+                z = noise_encoder(before, after, place)
+        error = generator(z, conditions, before, place) - after
+        weight = 1 + 4 * changed[:, None]
+        loss = (weight * error.abs()).mean()
+        # Differences between neighbours count, too: edges tell one pose of an object from another.
+        loss = loss + (weight[:, :, :, 1:] * error.diff(dim=3).abs()).mean()
+        loss = loss + (weight[:, :, 1:] * error.diff(dim=2).abs()).mean()
         if generator.place_model is not None:
             loss = loss + 0.01 * generator.place_model.loss(before, conditions.detach(), place).mean()
         optimizer.zero_grad()

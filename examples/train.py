@@ -3,7 +3,8 @@
     condgan prepare iclevr
     python examples/train.py --data iclevr --steps 1000 --out my-model
 
-`condgan train` adds what long runs need: averaged weights, checkpoints, exact resuming, logs.
+The networks are the reference's, only narrower. `condgan train` adds what long runs need: averaged weights,
+checkpoints, exact resuming, logs; and what the `compact` preset has: places, windows around them, a noise encoder.
 """
 
 import argparse

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
-from condgan.models import ConditionRNN, DiffDiscriminator, IterativeGenerator, PlaceModel, PreviousImageEncoder
+from condgan.models import (
+    ConditionRNN,
+    DiffDiscriminator,
+    IterativeGenerator,
+    NoiseEncoder,
+    PlaceModel,
+    PreviousImageEncoder,
+)
 
 
 @torch.no_grad()
@@ -23,14 +31,14 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     for parameter in module.parameters():
         parameter += 0.3 * torch.randn(parameter.shape, generator=rng) / parameter[0].numel() ** 0.5
     for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
+        if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
             norm.running_mean += 0.3 * torch.randn(norm.running_mean.shape, generator=rng)
             norm.running_var *= 0.5 + torch.rand(norm.running_var.shape, generator=rng)
     return module.eval()
 
 
-def leaky_relu(x: Tensor) -> Tensor:
-    return torch.where(x > 0, x, 0.01 * x)
+def leaky_relu(x: Tensor, slope: float = 0.01) -> Tensor:
+    return torch.where(x > 0, x, slope * x)
 
 
 def relu(x: Tensor) -> Tensor:
@@ -94,7 +102,7 @@ def average_pool(x: Tensor) -> Tensor:
     return out
 
 
-def batch_norm(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def batch_norm(bn: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
     """Channel by channel; the affine part only where the layer has one."""
     out = torch.empty_like(x)
     for c in range(x.shape[1]):
@@ -202,23 +210,74 @@ def place_logits(model: PlaceModel, image: Tensor, condition: Tensor) -> Tensor:
     return convolution(model.conv5, x)[:, 0] + model.prior  # the points in the cells: tests/test_models.py
 
 
+class Window(NamedTuple):
+    """A square of one picture."""
+
+    left: int
+    top: int
+    square: Tensor
+    """(3, S, S), as it is in the picture."""
+    detail: Tensor
+    """(3, S, S): ten times the distance of every pixel to the mean of the nine around it; the border is repeated."""
+    maps: Tensor
+    """(3, S, S): the place as a blob, x and y from -1 to 1 over the whole picture."""
+
+
+def window_corner(place: Sequence[float], image_size: int, window: int) -> tuple[int, int]:
+    """Left and top of the square whose middle is the place, a little below it, or as near as the picture allows."""
+    x, y = place
+    left, top = round(x - (window - 1) / 2), round(y + image_size / 16 - (window - 1) / 2)
+    return min(max(left, 0), image_size - window), min(max(top, 0), image_size - window)
+
+
+def window_of(picture: Tensor, place: Sequence[float], window: int) -> Window:
+    image_size = picture.shape[-1]
+    left, top = window_corner(place, image_size, window)
+    square = picture[:, top : top + window, left : left + window]
+    inside = [min(max(i, 0), window - 1) for i in range(-1, window + 1)]
+    framed = square[:, inside][:, :, inside]  # (3, S + 2, S + 2)
+    steps = range(3)
+    around = sum(framed[:, row : row + window, column : column + window] for row in steps for column in steps)
+    coordinates = picture.new_empty(2, window, window)
+    for i in range(window):
+        coordinates[0, :, i] = 2 * (left + i) / (image_size - 1) - 1
+        coordinates[1, i, :] = 2 * (top + i) / (image_size - 1) - 1
+    blob = place_map([(place[0] - left, place[1] - top)], window)[0].to(picture.dtype)
+    return Window(left, top, square, 10 * (square - around / 9), torch.cat((blob, coordinates)))
+
+
 def generate_turn(
     generator: IterativeGenerator, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None
 ) -> Tensor:
-    """One turn of a generator of 64x64 pixels, whose four blocks are written out."""
+    """One turn; with a window it is cut out of each picture, drawn, and put back."""
+    size = generator.config.window
+    if place is None:
+        return draw(generator, z, condition, prev_image, prev_image)
+    if size is None:
+        blobs = place_map(place.tolist(), prev_image.shape[-1]).to(prev_image.dtype)
+        return draw(generator, z, condition, prev_image, torch.cat((prev_image, blobs), 1))
+    windows = [window_of(picture, xy, size) for picture, xy in zip(prev_image, place.tolist(), strict=True)]
+    known = torch.stack([torch.cat((w.square, w.maps, w.detail)) for w in windows])
+    drawn = draw(generator, z, condition, known[:, :3], known)
+    out = prev_image.clone()
+    for picture, patch, w in zip(out, drawn, windows, strict=True):
+        picture[:, w.top : w.top + size, w.left : w.left + size] = patch
+    return out
+
+
+def draw(generator: IterativeGenerator, z: Tensor, condition: Tensor, prev_image: Tensor, known: Tensor) -> Tensor:
+    """The networks of a turn: every block doubles the resolution, and all but the first may see what is there."""
     config = generator.config
-    known = prev_image
-    if place is not None:
-        known = torch.cat((prev_image, place_map(place.tolist(), 64).to(prev_image.dtype)), 1)
-    at_32, at_16, at_8 = previous_image_features(generator.prev_encoder, known)
+    features = previous_image_features(generator.prev_encoder, known)
     norm_condition = torch.cat((condition, z), 1) if config.noise_in_norm else condition
     blend = config.output == "blend"
+    side = known.shape[-1] // 2 ** (len(features) + 1)
 
-    x = linear(generator.l0, torch.cat((z, linear(generator.c_proj, condition)), 1)).view(len(z), -1, 4, 4)
+    x = linear(generator.l0, torch.cat((z, linear(generator.c_proj, condition)), 1)).view(len(z), -1, side, side)
     x = gen_block(generator.block1, x, norm_condition)
-    x = gen_block(generator.block2, torch.cat((x, at_8), 1), norm_condition)
-    x = gen_block(generator.block3, torch.cat((x, at_16), 1) if blend else x, norm_condition)
-    x = gen_block(generator.block4, torch.cat((x, at_32), 1) if blend else x, norm_condition)
+    for number, feature in enumerate(reversed(features), 2):
+        x = torch.cat((x, feature), 1) if blend or number == 2 else x
+        x = gen_block(getattr(generator, f"block{number}"), x, norm_condition)
     x = leaky_relu(batch_norm(generator.bn, x))
     if not blend:
         return torch.tanh(convolution(generator.conv, x))
@@ -234,20 +293,42 @@ def discriminate(
     condition: Tensor,
     place: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N,) and object logits (N, K) of a discriminator of 64x64 pixels, the two pictures one after the other."""
+    """Logits (N,) and object logits (N, K), the two pictures one after the other."""
+    size = discriminator.config.window
     features = []
-    for picture in (prev_image, image):
-        x = picture
-        if place is not None:
-            x = torch.cat((x, place_map(place.tolist(), 64).to(x.dtype)), 1)
+    for pictures in (prev_image, image):
+        x = pictures
+        if place is not None and size is None:
+            x = torch.cat((x, place_map(place.tolist(), x.shape[-1]).to(x.dtype)), 1)
+        elif place is not None:
+            windows = [window_of(picture, xy, size) for picture, xy in zip(pictures, place.tolist(), strict=True)]
+            x = torch.stack([torch.cat((w.square, w.maps, w.detail)) for w in windows])
         x = dis_block(discriminator.block1, x, first=True)
         x = dis_block(discriminator.block2, x, first=False)
         features.append(dis_block(discriminator.block3, x, first=False))
     x = features[1] - features[0]
-    x = dis_block(discriminator.block4, x, first=False)
-    x = dis_block(discriminator.block5, x, first=False)
+    for name in ("block4", "block5", "block6"):
+        x = dis_block(getattr(discriminator, name), x, first=False) if hasattr(discriminator, name) else x
     x = leaky_relu(x).sum((2, 3))
     logits = linear(discriminator.l6, x)[:, 0]
     logits = logits + condition_projection(discriminator.condition_projector, x, condition)
     first, _, second = discriminator.aux_objective
     return logits, linear(second, relu(linear(first, x)))
+
+
+def find_noise(encoder: NoiseEncoder, prev_image: Tensor, image: Tensor, place: Tensor | None = None) -> Tensor:
+    """The picture and what changed in it, through three stages of two convolutions; their mean and maximum to noise."""
+    size = encoder.config.window
+    inputs = []
+    for n, (before, after) in enumerate(zip(prev_image, image, strict=True)):
+        maps = [] if place is None else [place_map([place[n].tolist()], before.shape[-1])[0].to(before.dtype)]
+        if place is not None and size is not None:
+            before, after = (window_of(picture, place[n].tolist(), size) for picture in (before, after))
+            before, after, maps = before.square, after.square, [after.maps]
+        inputs.append(torch.cat((after, after - before, *maps)))
+    x = torch.stack(inputs)
+    for stage in encoder.stages:
+        x = leaky_relu(convolution(stage[0], x), slope=0.1)
+    maxima = torch.stack([channels.flatten(1).max(1).values for channels in x])
+    pooled = torch.cat((x.sum((2, 3)) / x[0, 0].numel(), maxima), 1)
+    return batch_norm(encoder.norm, linear(encoder.linear, pooled))

@@ -21,7 +21,15 @@ import condgan
 from condgan import cli, evaluation, hub, results, runs
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.cli import main
-from condgan.models import DiffDiscriminator, DiscriminatorConfig, GeneratorConfig, IterativeGenerator
+from condgan.counter import ObjectCounter, ObjectCounterConfig
+from condgan.models import (
+    DiffDiscriminator,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    IterativeGenerator,
+    NoiseEncoder,
+    NoiseEncoderConfig,
+)
 from condgan.training import PRESETS, TrainConfig, TrainingDiverged
 
 COMMANDS = ("generate", "add", "info", "list", "prepare", "train", "evaluate")
@@ -47,6 +55,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         DiffDiscriminator(DiscriminatorConfig(width=1, condition_dim=4)).save_pretrained(folder / "critic")
         SceneClassifier(classifier).save_pretrained(folder / "verifier")
         SceneClassifier(classifier).save_pretrained(folder / "judge")
+        ObjectCounter(ObjectCounterConfig(widths=(4,))).save_pretrained(folder / "counter")
+        NoiseEncoder(NoiseEncoderConfig(width=1, z_dim=2)).save_pretrained(folder / "noise")
     weights = folder / "corrupt" / hub.WEIGHTS_NAME
     weights.write_bytes(weights.read_bytes()[:1000])
     return folder
@@ -182,7 +192,7 @@ def test_version(run: Run) -> None:
         ("train --data data --out run --set bf16=maybe", "bf16 must be true or false, got 'maybe'"),
         ("train --data data --out run --set generator.output=relu", "generator.output must be tanh or blend"),
         ("train --data data --out run --set objective=l2", "objective must be one of"),
-        ("train --data data --out run --set generator.places=false", "must agree on places"),
+        ("train --data data --out run --set discriminator.window=32", "must agree on window"),
         ("train --data data --out run --device abacus", "--device: 'abacus' cannot be used"),
         ("evaluate", "required: --conditions"),
         ("evaluate --conditions test.json --draws 0", "--draws: '0' is not"),
@@ -381,9 +391,24 @@ def test_best_of_tells_score_and_seed(run: Run) -> None:
     (picture,) = run(*argv, "--json").json["pictures"]
     expected = IterativeGenerator.from_pretrained().generate(SCENE, seed=7, best_of=4)
     assert (picture["seed"], picture["score"]) == (expected.seeds[0], expected.scores[0] if expected.scores else None)
-    assert run(*argv).out == f"scene.png: red cube, blue sphere; seed {picture['seed']}, score {picture['score']:.3f}\n"
+    said = f"seed {picture['seed']}, score {picture['score']:.3f}, 8 passes"
+    assert picture["passes"] == 8
+    assert run(*argv).out == f"scene.png: red cube, blue sphere; {said}\n"
     run("generate", *SCENE, "--seed", picture["seed"], "--out", "again.png")
     assert pixels("scene.png") == pixels("again.png")
+
+
+def test_failed_turns_are_drawn_again(run: Run, iclevr: Path) -> None:
+    argv = (*SCENE, "--seed", 7, "--best-of", 3, "--redraw", "turn")
+    (picture,) = run("generate", *argv, "--json").json["pictures"]
+    generator = IterativeGenerator.from_pretrained()
+    expected = generator.generate(SCENE, seed=7, best_of=3, redraw="turn")
+    assert [picture[name] for name in ("seed", "best_of", "redraw", "at")] == [7, 3, "turn", None]
+    assert [picture["passes"]] == expected.passes
+    assert pixels("scene.png") == expected.image.tobytes()
+    photo = iclevr / "images" / "CLEVR_train_000000_0.png"
+    run("add", photo, *argv)
+    assert pixels("more.png") == generator.add(photo, SCENE, seed=7, best_of=3, redraw="turn").image.tobytes()
 
 
 def test_verify_tells_what_was_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,7 +482,13 @@ def test_info_describes_the_default_model(run: Run, models: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "model_type"),
-    [("verifier", "SceneClassifier"), ("critic", "DiffDiscriminator"), ("judge", "SceneClassifier")],
+    [
+        ("verifier", "SceneClassifier"),
+        ("critic", "DiffDiscriminator"),
+        ("judge", "SceneClassifier"),
+        ("counter", "ObjectCounter"),
+        ("noise", "NoiseEncoder"),
+    ],
 )
 def test_info_knows_every_kind_of_model(name: str, model_type: str, run: Run, models: Path) -> None:
     (models / "critic" / hub.CARD_NAME).unlink(missing_ok=True)  # a card is not needed
@@ -518,8 +549,8 @@ def test_train_changes_fields_of_a_preset(run: Run, asked: list[tuple[Any, ...]]
     fields = (
         *("--set", "generator.output=tanh", "--set", "lr_generator=7e-4", "--set", "bf16=False"),
         *("--set", "generator.places=false", "--set", "discriminator.places=false"),  # they have to agree
+        *("--set", "generator.window=none", "--set", "discriminator.window=none"),
         *("--set", "generator.objects=red cube, blue sphere", "--set", "discriminator.objects=red cube, blue sphere"),
-        *("--set", "discriminator.image_size=64"),
         *("--set", "init_generator=iclevr-64", "--set", "init_discriminator=none"),
     )
     run("train", "--data", "data", "--out", "run", *fields, "--images", 1000, "--seed", 3, "--batch-scenes", 2)
@@ -555,7 +586,7 @@ def test_train_takes_every_preset(preset: str, run: Run, asked: list[tuple[Any, 
 
 def test_train_and_draw(run: Run, packed: Path) -> None:
     small = "generator.width=1 generator.z_dim=2 generator.condition_dim=4 generator.light_components=1 bf16=false "
-    small += "discriminator.width=1 discriminator.condition_dim=4 reconstruction_images=6 candidates=1"
+    small += "discriminator.width=1 discriminator.condition_dim=4 reconstruction_images=6"
     fields = [argument for field in small.split() for argument in ("--set", field)]
     argv = ("train", "--data", packed, "--out", "run", "--batch-scenes", 2, *fields)
     outcome = run(*argv, "--images", 12)

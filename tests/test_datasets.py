@@ -180,6 +180,25 @@ def test_splits_and_halves_part_the_scenes(data_dir: Path) -> None:
             assert torch.equal(objects, everything.objects[whole])
 
 
+def test_scenes_without_some_objects_are_all_the_others(data_dir: Path) -> None:
+    everything = SceneDataset(data_dir)
+    left_out = ["red cube", "Grey  sphere"]
+    rest = everything.without(left_out)
+    ids = {everything.vocabulary.parse(name) for name in left_out}
+    kept = [i for i, scene in enumerate(everything.objects.tolist()) if not ids & set(scene)]
+    assert 0 < len(kept) < NUM_SCENES
+    assert len(rest) == len(kept)
+    assert rest.names == [everything.names[i] for i in kept]
+    assert rest.vocabulary is everything.vocabulary
+    for new, old in enumerate(kept):
+        assert torch.equal(rest[new].images, everything[old].images)
+        assert torch.equal(rest[new].objects, everything[old].objects)
+    assert len(everything) == len(everything.pixels) == len(everything.objects) == NUM_SCENES, "it is as it was"
+    assert everything.without([]).names == everything.names
+    with pytest.raises(ValueError, match="unknown object 'red cubes'"):
+        everything.without(["red cubes"])
+
+
 def test_split_of_a_name_never_changes() -> None:
     names = ["CLEVR_train_000000", "CLEVR_train_000008", "CLEVR_train_000023"]
     assert [scene_split(name) for name in names] == ["train", "test", "validation"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from condgan import IterativeGenerator, drawing
 from condgan.drawing import draw_turns
 from condgan.functional import encode_objects, roll_conditions, rollout
-from condgan.images import load_image, to_pil
+from condgan.images import from_uint8, load_image, to_pil, to_uint8
 
 # What a picture depends on
 
@@ -60,7 +60,7 @@ def test_drawing_is_a_rollout_with_the_noise_of_the_seed(generator: IterativeGen
     result = generator.generate(scene, seed=9, at=at)
     rng = torch.Generator().manual_seed(9)
     light = torch.randn(1, generator.config.light_components, generator=rng)
-    start = generator.canvas(light, torch.randn(1, 3, 64, 64, generator=rng))
+    start = from_uint8(to_uint8(generator.canvas(light, torch.randn(1, 3, 64, 64, generator=rng))))
     noise = []
     for _ in scene:
         torch.rand(3, generator=rng)

@@ -5,28 +5,30 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from condgan import evaluation, metrics
+from condgan import layout, scenes
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
+from condgan.counter import ObjectCounter, ObjectCounterConfig
 from condgan.datasets import scene_split
-from condgan.drawing import Turns
-from condgan.evaluation import EvaluationReport, evaluate
+from condgan.drawing import Best, Turns
+from condgan.evaluation import evaluate
 from condgan.images import to_uint8
 from condgan.models import GeneratorConfig, IterativeGenerator
+from condgan.report import MEASURES, EvaluationReport
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
 
 SIZE = 64
 DRIFT = 2
 """Grey levels by which every turn after the first darkens the picture of an honest drawer."""
 LISTS = [["red cube"], ["gray cube", "cyan sphere"], ["red cube", "blue sphere", "yellow cylinder"], ["green cube"]]
-DrawTurns = Callable[[object, Sequence[Sequence[str]], Sequence[int]], Turns]
+DrawTurns = Callable[..., Turns]
 
 
 def _floor(seed: int) -> Tensor:
@@ -51,19 +53,25 @@ def _scene(names: Sequence[str], seed: int) -> Tensor:
     return torch.stack(pictures)
 
 
-def _honest(generator: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int]) -> Turns:
+def _honest(
+    generator: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int], places: object = None
+) -> Turns:
     scenes = [_scene(names, seed) for names, seed in zip(conditions, seeds, strict=True)]
     turns = max(len(scene) for scene in scenes)
     images = torch.stack([torch.cat([scene, scene[-1:].expand(turns - len(scene), -1, -1, -1)]) for scene in scenes])
     return Turns(images / 127.5 - 1, torch.tensor([len(names) for names in conditions]), None)
 
 
-def _forgetful(generator: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int]) -> Turns:
+def _forgetful(
+    generator: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int], places: object = None
+) -> Turns:
     """Leaves the last object of lists of three out."""
     return _honest(generator, [names[:2] for names in conditions], seeds)
 
 
-def _one_light(generator: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int]) -> Turns:
+def _one_light(
+    generator: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int], places: object = None
+) -> Turns:
     return _honest(generator, conditions, [0] * len(seeds))
 
 
@@ -87,6 +95,14 @@ def _slices(object_id: int) -> tuple[slice, ...]:
     return (slice(None), *_square(object_id))
 
 
+class _Tally(ObjectCounter):
+    """Counts bright squares."""
+
+    def count(self, images: Tensor, batch_size: int = 256) -> Tensor:
+        middles = torch.stack([images[_slices(object_id)].mean((1, 2, 3)) for object_id in range(24)], 1)
+        return (middles > 0.5).sum(1)
+
+
 @pytest.fixture
 def generator() -> IterativeGenerator:
     return IterativeGenerator(GeneratorConfig(width=1, z_dim=4, condition_dim=4))
@@ -99,7 +115,7 @@ def oracle() -> _Oracle:
 
 @pytest.fixture
 def drawer(monkeypatch: pytest.MonkeyPatch) -> Callable[[DrawTurns], None]:
-    return lambda draw_turns: monkeypatch.setattr(evaluation, "draw_turns", draw_turns)
+    return lambda draw_turns: monkeypatch.setattr(scenes, "draw_turns", draw_turns)
 
 
 @pytest.fixture
@@ -108,7 +124,7 @@ def packed(tmp_path: Path) -> Path:
     wanted = {"test": 12, "validation": 8, "train": 1}  # 21 scenes, as many as there are second objects
     second = [name for name in ICLEVR_OBJECTS if name not in ("red cube", "green cube", "gray sphere")]
     pictures: list[Tensor] = []
-    scenes: list[dict[str, object]] = []
+    entries: list[dict[str, object]] = []
     for number in itertools.count():
         name = f"scene_{number}"
         split = scene_split(name)
@@ -118,9 +134,9 @@ def packed(tmp_path: Path) -> Path:
             continue
         wanted[split] -= 1
         # Equal sets are found among first turns only.
-        objects = [["red cube", "green cube"][number % 2], second[len(scenes)], "gray sphere"]
+        objects = [["red cube", "green cube"][number % 2], second[len(entries)], "gray sphere"]
         pictures.append(to_uint8(_scene(objects, 1000 + number)[1:] / 127.5 - 1))
-        scenes.append({"name": name, "objects": objects})
+        entries.append({"name": name, "objects": objects})
     array = torch.stack(pictures).numpy()
     np.save(tmp_path / f"condgan-{SIZE}.npy", array)
     index = {
@@ -129,335 +145,517 @@ def packed(tmp_path: Path) -> Path:
         "image_size": SIZE,
         "sha256": "",
         "objects": list(ICLEVR_OBJECTS),
-        "scenes": scenes,
+        "scenes": entries,
     }
     (tmp_path / f"condgan-{SIZE}.json").write_text(json.dumps(index))
     return tmp_path
 
 
-def test_a_drawer_without_faults_scores_one(
-    generator: IterativeGenerator, oracle: _Oracle, drawer: Callable[[DrawTurns], None]
-) -> None:
-    drawer(_honest)
-    report = evaluate(generator, LISTS, draws=3, judge=oracle, progress=False)
-    assert (report.accuracy, report.exact, report.object_f1) == (1, 1, 1)
-    assert report.accuracy_ci95 == report.exact_ci95 == (1, 1)
+Score = Callable[..., EvaluationReport]
+
+
+@pytest.fixture
+def score(
+    generator: IterativeGenerator,
+    oracle: _Oracle,
+    drawer: Callable[[DrawTurns], None],
+    packed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Score:
+    """Evaluate a way of drawing, with the networks that read this world; ``data=packed`` where it says so."""
+
+    def run(draw_turns: DrawTurns, lists: Sequence[Sequence[str]] = LISTS, real: bool = False, **options: object):
+        drawer(draw_turns)
+        options = {"draws": 2, "judge": oracle, "counter": _Tally(), "progress": False} | options
+        return evaluate(options.pop("generator", generator), lists, data=packed if real else None, **options)
+
+    # what cubes look like is tested with layouts; here no square is one
+    monkeypatch.setattr(layout, "cube_rotation", lambda before, after: torch.full((len(after),), 45.0))
+    return run
+
+
+def _drawn(report: EvaluationReport, *names: str) -> list[float | None]:
+    return [report.measures[name].drawn for name in names]
+
+
+RIGHTNESS = ("accuracy", "exact", "object_precision", "object_recall", "object_f1", "count_accuracy", "retention")
+
+
+def test_a_drawer_without_faults_scores_one(score: Score) -> None:
+    report = score(_honest, draws=3)
+    assert _drawn(report, *RIGHTNESS) == [1] * 7
+    assert [report.measures[name].ci95 for name in RIGHTNESS] == [(1, 1)] * 7
+    assert [report.measures[name].samples for name in RIGHTNESS] == [21, 12, 21, 21, 21, 12, 9 + 3]
     assert (report.lists, report.objects_asked, report.draws, report.pictures) == (4, 7, 3, 12)
     assert (report.model, report.judge, report.conditions) == ("IterativeGenerator", "_Oracle", "given lists")
+    assert (report.best_of, report.passes) == (1, 7 / 4)
     assert report.seconds > 0
 
 
-def test_a_missing_object_costs_what_it_should(
-    generator: IterativeGenerator, oracle: _Oracle, drawer: Callable[[DrawTurns], None]
-) -> None:
-    drawer(_forgetful)
+def test_a_missing_object_costs_what_it_should(score: Score) -> None:
     # The third of the three highest outputs of a picture of two is any other object, never the missing one here: all
     # other middles are floor, equally dark, and the lowest id wins.
-    report = evaluate(generator, LISTS, draws=5, judge=oracle, progress=False)
-    assert report.accuracy == pytest.approx(6 / 7)
-    assert report.exact == 3 / 4
-    assert report.object_f1 == pytest.approx(2 * 6 / (6 + 7))
-    low, high = report.accuracy_ci95
+    report = score(_forgetful, draws=5)
+    assert _drawn(report, *RIGHTNESS) == pytest.approx([6 / 7, 3 / 4, 1, 6 / 7, 12 / 13, 3 / 4, 1])
+    low, high = report.measures["accuracy"].ci95
     assert 2 / 3 <= low < 6 / 7 < high == 1
     assert low == pytest.approx(2 / 3, abs=0.1)  # a resample may well hold the faulty list only or twice
 
 
-def test_pictures_of_other_lists_score_low(
-    generator: IterativeGenerator, oracle: _Oracle, drawer: Callable[[DrawTurns], None]
-) -> None:
+def test_a_ghost_costs_precision_and_count(score: Score) -> None:
+    """An object more than asked, seen by both networks."""
+    report = score(lambda g, conditions, seeds, places: _with_ghost(conditions, seeds))
+    assert _drawn(report, "object_recall", "exact", "count_accuracy") == [1, 0, 0]
+    assert _drawn(report, "object_precision") == pytest.approx([7 / 11])
+
+
+def _with_ghost(conditions: Sequence[Sequence[str]], seeds: Sequence[int]) -> Turns:
+    turns = _honest(None, conditions, seeds)
+    turns.images[(slice(None), slice(1, None), *_square(22))] = 1.0
+    return turns
+
+
+def test_an_object_that_is_lost_costs_retention(score: Score) -> None:
+    """Every turn after the second wipes the first object out."""
+
+    def lossy(g: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int], places: object) -> Turns:
+        turns = _honest(g, conditions, seeds)
+        for scene, names in zip(turns.images, conditions, strict=True):
+            if len(names) == 3:
+                scene[(slice(3, None), *_square(Vocabulary().parse(names[0])))] = -0.3
+        return turns
+
+    report = score(lossy)
+    measure = report.measures["retention"]
+    assert measure.drawn == pytest.approx(3 / 4)  # kept: one in the pair; one after turn 2 and one of two after turn 3
+    assert measure.samples == 8
+    assert measure.ci95 == (pytest.approx(2 / 3), 1)
+
+
+def test_pictures_of_other_lists_score_low(score: Score) -> None:
     shifted = {tuple(names): LISTS[(i + 1) % len(LISTS)] for i, names in enumerate(LISTS)}
-    drawer(lambda g, conditions, seeds: _honest(g, [shifted[tuple(names)] for names in conditions], seeds))
-    report = evaluate(generator, LISTS, draws=2, judge=oracle, progress=False)
-    assert report.accuracy < 0.3
-    assert report.exact == 0
+    report = score(lambda g, conditions, seeds, places: _honest(g, [shifted[tuple(n)] for n in conditions], seeds))
+    assert report.measures["accuracy"].drawn < 0.3
+    assert report.measures["exact"].drawn == 0
 
 
-def test_seeds_are_fixed_by_the_rule_and_results_do_not_depend_on_the_batch_size(
-    generator: IterativeGenerator, oracle: _Oracle, drawer: Callable[[DrawTurns], None], packed: Path
-) -> None:
+def test_seeds_are_fixed_by_the_rule_and_results_do_not_depend_on_the_batch_size(score: Score) -> None:
     asked: list[tuple[tuple[str, ...], int]] = []
 
-    def spy(g: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int]) -> Turns:
+    def spy(g: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int], places: object) -> Turns:
         asked.extend(zip(map(tuple, conditions), seeds, strict=True))
         return _honest(g, conditions, seeds)
 
-    drawer(spy)
     reports = []
     for batch_size in (1, 5, 64):
         asked.clear()
-        reports.append(
-            evaluate(
-                generator,
-                LISTS,
-                draws=3,
-                judge=oracle,
-                verifier=oracle,
-                data=packed,
-                seed=100,
-                batch_size=batch_size,
-                progress=False,
-            )
-        )
+        reports.append(score(spy, draws=3, real=True, seed=100, batch_size=batch_size))
         main, matched = asked[: 3 * len(LISTS)], asked[3 * len(LISTS) :]
         expected = {(tuple(names), 100 + draw * len(LISTS) + i) for i, names in enumerate(LISTS) for draw in range(3)}
         assert len(main) == len(set(main))
         assert set(main) == expected
         assert [seed for _, seed in matched] == list(range(112, 124))
-    first, *others = [report.to_dict() | {"seconds": 0} for report in reports]
+    first, *others = [_flat(report) for report in reports]
     for other in others:
+        assert other.keys() == first.keys()
         for key, value in first.items():
             assert other[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
 
 
-def test_preservation_is_of_the_turns_after_a_scenes_first(
-    generator: IterativeGenerator, oracle: _Oracle, drawer: Callable[[DrawTurns], None]
-) -> None:
-    drawer(_honest)
-    report = evaluate(generator, LISTS, draws=2, judge=oracle, progress=False)
-    assert report.preservation == pytest.approx(DRIFT, abs=0.05)  # not the 40 of the first turn, not the 0 of padding
+def _flat(report: EvaluationReport) -> dict[str, object]:
+    """All numbers of a report but its time, under one key each."""
+
+    def walk(prefix: str, value: object) -> Iterator[tuple[str, object]]:
+        children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+        if children is None:
+            yield prefix, value
+        else:
+            for key, child in children:
+                yield from walk(f"{prefix}/{key}", child)
+
+    return {key: value for key, value in walk("", report.to_dict()) if key != "/seconds"}
+
+
+def test_preservation_is_of_the_turns_after_a_scenes_first(score: Score) -> None:
+    report = score(_honest)
+    # not the 40 of the first turn, not the 0 of padding
+    assert report.measures["preservation"].drawn == pytest.approx(DRIFT, abs=0.05)
+    assert report.measures["preservation"].samples == 2 * 3
     # squares of 6x6 grown by 6 to 18x18, some cut by the border
     squares = [_square(Vocabulary().parse(names[turn])) for names in LISTS for turn in range(1, len(names))]
     areas = [
         (min(y.stop + 6, SIZE) - max(y.start - 6, 0)) * (min(x.stop + 6, SIZE) - max(x.start - 6, 0))
         for _, y, x in squares
     ]
-    assert report.changed_area == pytest.approx(sum(areas) / len(areas) / SIZE**2)
-    single = evaluate(generator, [["red cube"], ["blue cube"]], draws=2, judge=oracle, progress=False)
-    assert single.preservation is None
-    assert single.changed_area is None
+    assert report.measures["changed_area"].drawn == pytest.approx(sum(areas) / len(areas) / SIZE**2)
+    single = score(_honest, [["red cube"], ["blue cube"]])
+    assert _drawn(single, "preservation", "changed_area", "retention") == [None] * 3
 
 
-def test_pictures_are_measured_as_they_are_saved(
-    generator: IterativeGenerator, oracle: _Oracle, drawer: Callable[[DrawTurns], None]
-) -> None:
+def test_turns_that_draw_nothing_preserve_nothing(score: Score) -> None:
+    def idle(g: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int], places: object) -> Turns:
+        turns = _honest(g, conditions, seeds)
+        turns.images[:, 2:] = turns.images[:, 1:2]
+        return turns
+
+    report = score(idle)
+    assert _drawn(report, "preservation", "changed_area") == [None, 0]
+
+
+def test_pictures_are_measured_as_they_are_saved(score: Score) -> None:
     """A drift of 0.4 grey levels is gone in a file, and so is what lies beyond white."""
 
-    def fine(g: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int]) -> Turns:
+    def fine(g: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int], places: object) -> Turns:
         image = torch.full((len(seeds), 3, 3, SIZE, SIZE), 100.0)
         image[:, 2] += 0.4
+        image[:, 2, :, 30:34, 30:34] = 200.0
         image[:, 1:, :, 0] = torch.tensor([300.0, 280.0])[:, None, None]
         return Turns(image / 127.5 - 1, torch.full((len(seeds),), 2), None)
 
-    drawer(fine)
-    report = evaluate(generator, [["red cube", "blue cube"]], draws=2, judge=oracle, progress=False)
-    assert report.preservation == 0
+    report = score(fine, [["red cube", "blue cube"]])
+    assert report.measures["preservation"].drawn == 0
 
 
-def test_diversity_is_the_mean_distance_of_draws_of_a_list(
-    generator: IterativeGenerator, oracle: _Oracle, drawer: Callable[[DrawTurns], None]
-) -> None:
-    drawer(_one_light)
-    report = evaluate(generator, LISTS, draws=3, judge=oracle, progress=False)
-    assert report.diversity == 0
-    drawer(_honest)
-    report = evaluate(generator, LISTS, draws=3, judge=oracle, progress=False, seed=9)
+def test_diversity_is_the_mean_distance_of_draws_of_a_list(score: Score) -> None:
+    assert score(_one_light, draws=3).measures["diversity"].drawn == 0
+    report = score(_honest, draws=3, seed=9)
     expected = []
     for i, names in enumerate(LISTS):
         final = [_scene(names, 9 + draw * len(LISTS) + i)[-1] for draw in range(3)]
         expected += [(a - b).square().mean().sqrt().item() for a, b in itertools.combinations(final, 2)]
-    assert report.diversity == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-    assert report.diversity_real is None
-    assert report.diversity_ratio is None
-    assert evaluate(generator, LISTS, draws=1, judge=oracle, progress=False).diversity is None
+    assert report.measures["diversity"].drawn == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert report.measures["diversity"].samples == len(expected)
+    assert report.measures["diversity"].real is None
+    assert _drawn(report, "diversity_ratio") == [None]
+    assert _drawn(score(_honest, draws=1), "diversity") == [None]
 
 
-def test_real_pictures_are_judged_by_the_same_judge(
-    generator: IterativeGenerator, oracle: _Oracle, drawer: Callable[[DrawTurns], None], packed: Path
-) -> None:
-    drawer(_forgetful)
-    report = evaluate(generator, LISTS, draws=2, judge=oracle, verifier=oracle, data=packed, progress=False)
-    assert report.accuracy < 1
-    assert (report.real_accuracy, report.real_exact, report.real_pictures) == (1, 1, 36)
-    assert report.preservation_real == pytest.approx(DRIFT, abs=0.05)
-    assert report.changed_area_real is not None
-    assert 0.03 < report.changed_area_real < 18 * 18 / SIZE**2 + 1e-6
-    by_file = evaluate(
-        generator, LISTS, draws=2, judge=oracle, verifier=oracle, data=packed / f"condgan-{SIZE}.npy", progress=False
+def test_real_pictures_are_measured_in_the_same_way(score: Score) -> None:
+    report = score(_forgetful, real=True)
+    assert report.measures["accuracy"].drawn < 1
+    assert [report.measures[name].real for name in RIGHTNESS] == [1] * 7
+    assert report.real_pictures == 36
+    assert report.measures["preservation"].real == pytest.approx(DRIFT, abs=0.05)
+    assert report.measures["preservation_ratio"].drawn == pytest.approx(1, abs=0.05)
+    assert 0.03 < report.measures["changed_area"].real < 18 * 18 / SIZE**2 + 1e-6
+
+
+def test_a_packed_file_is_read_like_its_folder(generator: IterativeGenerator, packed: Path) -> None:
+    of_folder, of_file = (
+        scenes.read_real(path, generator, Vocabulary()) for path in (packed, packed / f"condgan-{SIZE}.npy")
     )
-    assert dataclasses.replace(by_file, seconds=report.seconds) == report
+    assert torch.equal(of_folder.test.pictures, of_file.test.pictures)
+    assert of_folder.lists == of_file.lists
+    assert (len(of_file.test.pictures), len(of_file.validation.pictures)) == (12, 8)
+    assert of_file.test.asked.sum(2).tolist() == [[1, 2, 3]] * 12
 
 
-def test_real_diversity_compares_sets_of_equal_size(
-    generator: IterativeGenerator, oracle: _Oracle, drawer: Callable[[DrawTurns], None], packed: Path
-) -> None:
+def test_real_diversity_compares_sets_of_equal_size(score: Score, packed: Path) -> None:
     """Real pairs of equal sets exist among first turns only, so lists of one object alone enter the ratio."""
-    drawer(_honest)
-    report = evaluate(generator, LISTS, draws=4, judge=oracle, verifier=oracle, data=packed, progress=False)
-    scenes = json.loads((packed / f"condgan-{SIZE}.json").read_text())["scenes"]
+    report = score(_honest, draws=4, real=True)
+    entries = json.loads((packed / f"condgan-{SIZE}.json").read_text())["scenes"]
     firsts: dict[str, list[Tensor]] = {}
-    for scene, pixels in zip(scenes, np.load(packed / f"condgan-{SIZE}.npy"), strict=True):
+    for scene, pixels in zip(entries, np.load(packed / f"condgan-{SIZE}.npy"), strict=True):
         if scene_split(scene["name"]) == "test":
             firsts.setdefault(scene["objects"][0], []).append(torch.from_numpy(pixels[0]).float())
     pairs = [
         (a - b).square().mean().sqrt().item() for group in firsts.values() for a, b in itertools.combinations(group, 2)
     ]
-    assert report.diversity_real == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
-    singles = evaluate(
-        generator, [LISTS[0], LISTS[3]], draws=2, judge=oracle, verifier=oracle, data=packed, progress=False
-    )
-    assert singles.diversity is not None
-    assert singles.diversity_real is not None
-    assert singles.diversity_ratio == pytest.approx(singles.diversity / singles.diversity_real)
-    threes = evaluate(generator, [LISTS[2]], draws=2, judge=oracle, verifier=oracle, data=packed, progress=False)
-    assert threes.diversity_real is None
-    assert threes.diversity_ratio is None
-    drawer(_one_light)
-    same = evaluate(generator, LISTS, draws=4, judge=oracle, verifier=oracle, data=packed, progress=False)
-    assert same.diversity_ratio == 0
+    assert report.measures["diversity"].real == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
+    singles = score(_honest, [LISTS[0], LISTS[3]], real=True).measures
+    assert singles["diversity_ratio"].drawn == pytest.approx(singles["diversity"].drawn / singles["diversity"].real)
+    threes = score(_honest, [LISTS[2]], real=True).measures
+    assert (threes["diversity"].real, threes["diversity_ratio"].drawn) == (None, None)
+    assert score(_one_light, draws=4, real=True).measures["diversity_ratio"].drawn == 0
 
 
-def test_frechet_distances_are_what_the_features_say(
-    generator: IterativeGenerator, oracle: _Oracle, drawer: Callable[[DrawTurns], None], packed: Path
-) -> None:
-    index = json.loads((packed / f"condgan-{SIZE}.json").read_text())
-    real = torch.from_numpy(np.load(packed / f"condgan-{SIZE}.npy"))
-    splits = [scene_split(scene["name"]) for scene in index["scenes"]]
-    test, validation = (
-        torch.cat([pixels for pixels, s in zip(real, splits, strict=True) if s == split])
-        for split in ("test", "validation")
-    )
-    test_lists = [tuple(scene["objects"]) for scene, s in zip(index["scenes"], splits, strict=True) if s == "test"]
-    known = dict(zip(test_lists, real[[s == "test" for s in splits]], strict=True))
+# --- controls -----------------------------------------------------------------------------------------------------
 
-    def copies(g: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int], lighter: int = 0) -> Turns:
-        """Real pictures where the list is one of the test split, an honest drawing elsewhere."""
+
+def test_controls_are_told_from_an_honest_drawer(score: Score) -> None:
+    report = score(_honest, draws=8, real=True)
+    for name in RIGHTNESS[:6]:
+        measure = report.measures[name]
+        assert measure.shuffled < 0.9, name
+        assert measure.blank == (None if name == "object_precision" else pytest.approx(0, abs=0.3)), name
+    assert report.measures["retention"].blank is None
+    assert report.measures["preservation"].blank is None
+    assert report.measures["changed_area"].blank == 0
+    assert report.measures["diversity"].blank > 0
+    assert all(report.is_told(name) for name in MEASURES if "diversity" not in name)  # here all that varies is light
+
+
+def test_a_measure_that_a_control_passes_is_not_used(score: Score) -> None:
+    class Generous(_Tally):
+        def count(self, images: Tensor, batch_size: int = 256) -> Tensor:
+            return torch.ones(len(images), dtype=torch.int64)
+
+    report = score(_honest, counter=Generous())
+    assert not report.is_told("count_accuracy")
+    assert report.to_dict()["measures"]["count_accuracy"]["used"] is False
+    (line,) = [line for line in str(report).splitlines() if line.startswith("count accuracy")]
+    assert line.endswith(" *")
+    assert "\n* not used: a control does as well" in str(report)
+    assert report.is_told("accuracy")
+
+
+def test_one_list_cannot_be_shuffled(score: Score) -> None:
+    assert score(_honest, LISTS[:1]).measures["accuracy"].shuffled is None
+
+
+# --- looks --------------------------------------------------------------------------------------------------------
+
+
+def _copies(packed: Path, split: str, lighter: int = 0) -> DrawTurns:
+    """Draws the real pictures of the lists of a split, all a little lighter; what it does not know, honestly."""
+    index = json.loads((packed / f"condgan-{SIZE}.json").read_text())["scenes"]
+    pixels = torch.from_numpy(np.load(packed / f"condgan-{SIZE}.npy")).float()
+    known = {
+        tuple(scene["objects"]): pictures
+        for scene, pictures in zip(index, pixels, strict=True)
+        if scene_split(scene["name"]) == split
+    }
+
+    def draw(g: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int], places: object) -> Turns:
         turns = _honest(g, conditions, seeds)
-        for i, names in enumerate(conditions):
+        for scene, names in zip(turns.images, conditions, strict=True):
             if tuple(names) in known:
-                turns.images[i, 1:] = known[tuple(names)].float().add(lighter) / 127.5 - 1
+                scene[1:] = (known[tuple(names)] + lighter) / 127.5 - 1
         return turns
 
-    drawer(copies)
-    report = evaluate(generator, LISTS, draws=9, judge=oracle, verifier=oracle, data=packed, progress=False)
-    assert report.frechet_pictures == 24  # 8 validation scenes of 3 pictures are the smallest set
-    assert report.frechet_matched == pytest.approx(0, abs=1e-6)
-
-    def features(pixels: Tensor) -> Tensor:
-        return oracle.features(pixels.float() / 127.5 - 1)
-
-    floor = metrics.frechet_distance(features(validation), features(test[:24]))
-    assert report.frechet_floor == pytest.approx(floor, rel=1e-6)
-    final = [_scene(names, draw * len(LISTS) + i)[-1] for draw in range(6) for i, names in enumerate(LISTS)]
-    distance = metrics.frechet_distance(features(torch.stack(final)), features(test[:24]))
-    assert report.frechet_distance == pytest.approx(distance, rel=1e-6)
-
-    drawer(lambda g, conditions, seeds: copies(g, conditions, seeds, lighter=5))
-    lighter = evaluate(generator, LISTS, draws=9, judge=oracle, verifier=oracle, data=packed, progress=False)
-    assert lighter.frechet_matched == pytest.approx(2 * 5**2, abs=2.0)  # both features shift by 5; bright squares less
-    few = evaluate(generator, LISTS[:1], draws=1, judge=oracle, verifier=oracle, data=packed, progress=False)
-    assert few.frechet_distance is None
-    assert few.frechet_floor is not None
+    return draw
 
 
-def test_real_generator_and_classifier_are_left_as_they_were(generator: IterativeGenerator) -> None:
-    judge = SceneClassifier(SceneClassifierConfig(widths=(4, 4), blocks=(1, 1), stem="small"))
-    generator.train()
-    judge.train()
-    before = {name: value.clone() for name, value in [*generator.state_dict().items(), *judge.state_dict().items()]}
-    random_state = torch.get_rng_state()
-    reports = [evaluate(generator, LISTS, draws=2, judge=judge, batch_size=n, progress=False) for n in (3, 8)]
-    first, second = (dataclasses.replace(report, seconds=0.0) for report in reports)
-    assert first == second
-    assert 0 <= first.accuracy <= 1
-    assert torch.equal(random_state, torch.get_rng_state())
-    assert generator.training and judge.training
-    after = dict([*generator.state_dict().items(), *judge.state_dict().items()])
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+LOOKS = ("frechet_distance", "kernel_distance", "precision", "recall", "coverage")
 
 
-def test_judge_runs_in_eval_mode(
-    generator: IterativeGenerator, oracle: _Oracle, drawer: Callable[[DrawTurns], None]
+def test_pictures_that_are_the_real_ones_are_at_no_distance(score: Score, packed: Path) -> None:
+    report = score(_copies(packed, "test"), real=True)
+    assert _drawn(report, *LOOKS) == pytest.approx([0, 0, 1, 1, 1], abs=1e-6)
+    assert [report.measures[name].samples for name in LOOKS] == [24, 24, 8, 8, 8]  # validation has 8 scenes of 3
+    floors = [report.measures[name].real for name in LOOKS]
+    assert floors[0] > 1 and floors[1] > 0
+    lighter = score(_copies(packed, "test", lighter=20), real=True)
+    for name in LOOKS[:2]:
+        assert lighter.measures[name].drawn > report.measures[name].drawn + 0.1, name
+    low, high = lighter.measures["frechet_distance"].ci95
+    assert low < lighter.measures["frechet_distance"].drawn < high
+    for name in LOOKS:
+        assert report.is_told(name), name
+
+
+def test_copies_of_training_pictures_are_found(score: Score, packed: Path) -> None:
+    honest = score(_honest, real=True).measures
+    assert honest["memorisation_ratio"].drawn > 0.5
+    (training,) = scenes.read_real(
+        packed, IterativeGenerator(GeneratorConfig(width=1, z_dim=4, condition_dim=4)), Vocabulary()
+    ).training
+
+    def memorised(g: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int], places: object) -> Turns:
+        turns = _honest(g, conditions, seeds)
+        turns.images[:, -1] = training[-1].float() / 127.5 - 1
+        return turns
+
+    copied = score(memorised, real=True).measures
+    assert copied["memorisation_ratio"].drawn == pytest.approx(0, abs=1e-3)
+    assert copied["memorisation_nearer"].drawn == 1
+    assert copied["memorisation_nearer"].ci95 == (1, 1)
+    assert copied["memorisation_nearer"].real < 0.5
+    assert copied["memorisation_p"].drawn < 0.001 < honest["memorisation_p"].drawn
+
+
+# --- layout and asked places --------------------------------------------------------------------------------------
+
+
+def test_layouts_of_drawn_and_real_scenes_are_compared(score: Score) -> None:
+    report = score(_honest, real=True)
+    assert report.layout.keys() >= {"place_later", "area_later", "overlap", "visible", "out_of_view", "rotation"}
+    assert report.layout["area_later"].distance == 0  # all squares are equal
+    assert (report.layout["place_later"].drawn, report.layout["place_later"].real) == (24, 24)
+    assert report.layout["place_later"].distance == pytest.approx(0, abs=1e-6)  # each object has its own square
+
+    def large(g: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int], places: object) -> Turns:
+        turns = _honest(g, conditions, seeds)
+        turns.images[:, 3:, :, 40:60, 40:60] = 1.0
+        return turns
+
+    larger = score(large, real=True).layout["area_later"]
+    assert larger.distance == pytest.approx(0.5)
+    assert larger.p_value < 0.01
+    assert score(_honest).layout == {}
+
+
+def test_asked_places_are_those_of_real_scenes_and_missing_them_costs(score: Score, packed: Path) -> None:
+    knowing = IterativeGenerator(GeneratorConfig(width=1, z_dim=4, condition_dim=4, places=True))
+    asked: list[Sequence[Sequence[tuple[float, float]]]] = []
+
+    def obedient(
+        g: object,
+        conditions: Sequence[Sequence[str]],
+        seeds: Sequence[int],
+        places: Sequence[Sequence[tuple[float, float]]] | None,
+    ) -> Turns:
+        turns = _honest(g, conditions, seeds)
+        if places is not None:
+            asked.append(places)
+            for scene, row in zip(turns.images, places, strict=True):
+                for turn, (x, y) in enumerate(row):
+                    scene[turn + 1] = scene[turn]
+                    left, top = round(x) + 2, round(y)
+                    scene[turn + 1, :, top - 1 : top + 2, left - 1 : left + 2] = 0.9
+        return turns
+
+    report = score(obedient, generator=knowing, real=True)
+    real = scenes.read_real(packed, knowing, Vocabulary())
+    torch.testing.assert_close(torch.tensor(asked[0]), real.places)
+    measure = report.measures["place_error"]
+    assert measure.drawn == pytest.approx(2, abs=0.75)  # 2 to the right of the nearest pixel
+    assert measure.samples == 36
+    assert measure.shuffled > measure.drawn
+    assert measure.blank == pytest.approx(SIZE * 2**0.5)
+    assert report.measures["place_error_p95"].drawn >= measure.drawn
+    assert score(_honest, real=True).measures["place_error"].drawn is None  # it knows no places
+    assert score(_honest, generator=knowing).measures["place_error"].drawn is None  # no real places are known
+
+
+# --- best of n ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("redraw", "passes"), [("picture", 3 * 7 / 4), ("turn", None)])
+def test_best_of_is_told_and_costs_passes(
+    score: Score, monkeypatch: pytest.MonkeyPatch, redraw: str, passes: float | None
 ) -> None:
-    drawer(_honest)
+    calls: list[tuple[str, int]] = []
+
+    def best(kind: str) -> Callable[..., Best]:
+        def draw_best(
+            g: object, lists: Sequence[Sequence[str]], seeds: list[int], best_of: int, *, places: object = None
+        ) -> Best:
+            calls.append((kind, best_of))
+            turns = _honest(g, lists, seeds)
+            factor = best_of if kind == "picture" else 1
+            return Best(turns.images, None, seeds, None, [[factor] * len(names) for names in lists])
+
+        return draw_best
+
+    monkeypatch.setattr(scenes, "best_pictures", best("picture"))
+    monkeypatch.setattr(scenes, "best_turns", best("turn"))
+
+    def never(*args: object, **options: object) -> Turns:
+        raise AssertionError("a single draw")
+
+    report = score(never, best_of=3, redraw=redraw)
+    assert set(calls) == {(redraw, 3)}
+    assert (report.best_of, report.redraw) == (3, redraw)
+    assert report.passes == passes or (passes is None and report.passes == 7 / 4)
+    assert f"the best of 3 by the verifier, by {redraw}: {report.passes:.2f} passes" in str(report)
+
+
+# --- the rest -----------------------------------------------------------------------------------------------------
+
+
+def test_real_generator_and_networks_are_left_as_they_were(generator: IterativeGenerator) -> None:
+    judge = SceneClassifier(SceneClassifierConfig(widths=(4, 4), blocks=(1, 1), stem="small"))
+    models = [generator, judge, ObjectCounter(ObjectCounterConfig(widths=(4, 4)))]
+    for model in models:
+        model.train()
+    before = [value.clone() for model in models for value in model.state_dict().values()]
+    random_state = torch.get_rng_state()
+    first, second = (
+        evaluate(generator, LISTS, draws=2, judge=judge, counter=models[2], batch_size=n, progress=False)
+        for n in (3, 8)
+    )
+    assert dataclasses.replace(first, seconds=0.0) == dataclasses.replace(second, seconds=0.0)
+    assert 0 <= first.measures["accuracy"].drawn <= 1
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(model.training for model in models)
+    after = [value for model in models for value in model.state_dict().values()]
+    assert all(map(torch.equal, before, after))
+
+
+def test_judge_runs_in_eval_mode(score: Score, oracle: _Oracle) -> None:
     oracle.train()
-    evaluate(generator, LISTS, draws=1, judge=oracle, progress=False)
+    score(_honest, draws=1)
     assert oracle.modes and not any(oracle.modes)
     assert oracle.training
 
 
-def test_names_load_the_shipped_classifiers_and_the_verifier_only_with_data(
-    generator: IterativeGenerator,
-    oracle: _Oracle,
-    drawer: Callable[[DrawTurns], None],
-    monkeypatch: pytest.MonkeyPatch,
-    packed: Path,
-) -> None:
+def test_names_load_the_shipped_networks(score: Score, oracle: _Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
 
-    def load(name: str) -> SceneClassifier:
-        loaded.append(name)
-        return oracle
+    def load(model: nn.Module) -> Callable[[str], nn.Module]:
+        def from_pretrained(name: str) -> nn.Module:
+            loaded.append(name)
+            return model
 
-    monkeypatch.setattr(SceneClassifier, "from_pretrained", load)
-    drawer(_honest)
-    report = evaluate(generator, LISTS, draws=1, progress=False, model_name="small")
-    assert loaded == ["judge"]
+        return from_pretrained
+
+    monkeypatch.setattr(SceneClassifier, "from_pretrained", load(oracle))
+    monkeypatch.setattr(ObjectCounter, "from_pretrained", load(_Tally()))
+    report = score(_honest, judge="judge", counter="counter", model_name="small")
+    assert loaded == ["judge", "counter"]
     assert (report.judge, report.model) == ("judge", "small")
-    evaluate(generator, LISTS, draws=1, data=packed, progress=False)
-    assert loaded == ["judge", "judge", "verifier"]
 
 
-def test_report_is_json_and_a_table(
-    generator: IterativeGenerator,
-    oracle: _Oracle,
-    drawer: Callable[[DrawTurns], None],
-    packed: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    drawer(_honest)
+def test_report_is_json_and_a_table(score: Score, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "test.json"
     file.write_text(json.dumps(LISTS))
-    report = evaluate(generator, file, draws=2, judge=oracle, verifier=oracle, data=packed)
+    report = score(_honest, file, real=True, progress=True)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "drawing" in captured.err
     fields = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert fields.keys() == {field.name for field in dataclasses.fields(EvaluationReport)}
+    assert fields.keys() >= {field.name for field in dataclasses.fields(EvaluationReport)}
     assert fields.keys() >= {
         *("model", "conditions", "draws", "judge", "accuracy", "accuracy_ci95", "exact", "exact_ci95", "object_f1"),
         *("real_accuracy", "real_exact", "frechet_distance", "preservation", "diversity", "seconds"),
     }
     assert fields["conditions"] == "test.json"
     assert fields["accuracy_ci95"] == [1, 1]
-    assert all(value is not None for value in fields.values())
+    assert (fields["accuracy"], fields["real_accuracy"]) == (1, 1)
+    assert fields["measures"].keys() == MEASURES.keys()
+    assert fields["measures"]["accuracy"]["ci95"] == [1, 1]
     lines = str(report).splitlines()
     assert all(len(line) <= 100 for line in lines)
     (accuracy,) = [line.split() for line in lines if line.startswith("accuracy")]
-    assert accuracy == ["accuracy", "1.000", "1.000", "..", "1.000", "1.000"]
-    assert f"{report.preservation:.2f}" in str(report)
-    silent = evaluate(generator, file, draws=1, judge=oracle, progress=False)
+    assert accuracy[:7] == ["accuracy", "1.000", "1.000", "..", "1.000", "14", "1.000"]
+    assert f"{report.measures['preservation'].drawn:.3f}" in str(report)
+    silent = score(_honest, file, draws=1)
     assert capsys.readouterr().err == ""
     assert " -" in str(silent)
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_drawn(
-    generator: IterativeGenerator, oracle: _Oracle, drawer: Callable[[DrawTurns], None], packed: Path, tmp_path: Path
-) -> None:
-    def never(g: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int]) -> Turns:
+def test_what_does_not_fit_is_refused_before_anything_is_drawn(score: Score, packed: Path, tmp_path: Path) -> None:
+    def never(*args: object, **options: object) -> Turns:
         raise AssertionError("nothing should be drawn")
 
-    drawer(never)
-    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
-        evaluate(generator, LISTS, draws=0, judge=oracle)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
-        evaluate(generator, LISTS, batch_size=-1, judge=oracle)
-    with pytest.raises(ValueError, match="conditions is empty"):
-        evaluate(generator, [], judge=oracle)
-    with pytest.raises(ValueError, match="did you mean 'red cube'"):
-        evaluate(generator, [["red cub"]], judge=oracle)
-    with pytest.raises(ValueError, match="seed must be between"):
-        evaluate(generator, LISTS, seed=-1, judge=oracle)
+    for options, message in (
+        ({"draws": 0}, "draws must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"best_of": 0}, "best_of must be at least 1, got 0"),
+        ({"redraw": "scene"}, "redraw must be 'picture' or 'turn', got 'scene'"),
+        ({"lists": []}, "conditions is empty"),
+        ({"lists": [["red cub"]]}, "did you mean 'red cube'"),
+        ({"seed": -1}, "seed must be between"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score(never, **options)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.npy.*condgan prepare"):
-        evaluate(generator, LISTS, judge=oracle, verifier=oracle, data=tmp_path / "nowhere.npy")
+        _read(tmp_path / "nowhere.npy")
     index = json.loads((packed / f"condgan-{SIZE}.json").read_text())
     small = np.load(packed / f"condgan-{SIZE}.npy")[..., :32, :32]
     np.save(tmp_path / "small.npy", small)
     (tmp_path / "small.json").write_text(json.dumps(index | {"image_size": 32}))
     with pytest.raises(ValueError, match=r"small\.npy.* pictures of 32 pixels, but the generator draws 64"):
-        evaluate(generator, LISTS, judge=oracle, verifier=oracle, data=tmp_path / "small.npy")
-    train = [i for i, scene in enumerate(index["scenes"]) if scene_split(scene["name"]) == "train"]
-    np.save(tmp_path / "train.npy", np.load(packed / f"condgan-{SIZE}.npy")[train])
-    (tmp_path / "train.json").write_text(json.dumps(index | {"scenes": [index["scenes"][i] for i in train]}))
-    with pytest.raises(ValueError, match="no scene of the test split"):
-        evaluate(generator, LISTS, judge=oracle, verifier=oracle, data=tmp_path / "train.npy")
+        _read(tmp_path / "small.npy")
+    for left_out in ("test", "validation"):
+        keep = [i for i, scene in enumerate(index["scenes"]) if scene_split(scene["name"]) != left_out]
+        np.save(tmp_path / "few.npy", np.load(packed / f"condgan-{SIZE}.npy")[keep])
+        (tmp_path / "few.json").write_text(json.dumps(index | {"scenes": [index["scenes"][i] for i in keep]}))
+        with pytest.raises(ValueError, match=f"no scene of the {left_out} split"):
+            _read(tmp_path / "few.npy")
+
+
+def _read(path: Path) -> object:
+    """What ``evaluate`` does with ``data`` before it draws."""
+    return scenes.read_real(path, IterativeGenerator(GeneratorConfig(width=1, z_dim=4, condition_dim=4)), Vocabulary())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -11,8 +12,11 @@ import pytest
 import torch
 from reference import randomise
 from scenes import write_iclevr_layout
+from tiny import COMPACT, lively_generator
+from torch import Tensor
 
-from condgan import GeneratorConfig, IterativeGenerator, SceneClassifier
+from condgan import GeneratorConfig, IterativeGenerator, NoiseEncoder, NoiseEncoderConfig, SceneClassifier, training
+from condgan.datasets import SceneDataset
 from condgan.prepare import prepare
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -42,12 +46,33 @@ def test_finetune_moves_a_loaded_model_towards_the_data(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    config = GeneratorConfig(width=4, z_dim=4, condition_dim=8, output="blend", places=True, light_components=2)
+    config = GeneratorConfig(
+        width=4, z_dim=4, condition_dim=8, output="blend", places=True, window=40, light_components=2
+    )
     start = IterativeGenerator(config)
     randomise(start.canvas)
     start.save_pretrained(tmp_path / "start")
-    arguments = ("--data", data, "--model", tmp_path / "start", "--epochs", 4, "--learning-rate", 3e-3)
+    noise_encoder = NoiseEncoder(NoiseEncoderConfig(width=4, z_dim=4, places=True, window=40))
+    randomise(noise_encoder)
+    noise_encoder.save_pretrained(tmp_path / "noise-encoder")
+    found, used = [], []
+    find, draw = NoiseEncoder.forward, IterativeGenerator.forward
+
+    def watched_find(self: NoiseEncoder, *pictures: Tensor) -> Tensor:
+        assert not self.training, "of one batch, the statistics would not be those that the generator knows"
+        found.append(find(self, *pictures))
+        return found[-1]
+
+    def watched_draw(self: IterativeGenerator, z: Tensor, *others: Tensor) -> Tensor:
+        used.append(z)
+        return draw(self, z, *others)
+
+    monkeypatch.setattr(NoiseEncoder, "forward", watched_find)
+    monkeypatch.setattr(IterativeGenerator, "forward", watched_draw)
+    models = ("--model", tmp_path / "start", "--noise-encoder", tmp_path / "noise-encoder")
+    arguments = ("--data", data, *models, "--epochs", 4, "--learning-rate", 3e-3)
     run(monkeypatch, "finetune.py", *arguments, "--out", tmp_path / "tuned")
+    assert found and all(z is of_real for z, of_real in zip(used, found, strict=True)), "the noise is never random"
     tuned = IterativeGenerator.from_pretrained(tmp_path / "tuned")
     assert not torch.equal(tuned.l0.weight, start.l0.weight)
     assert torch.equal(tuned.canvas.mean, start.canvas.mean)
@@ -55,6 +80,18 @@ def test_finetune_moves_a_loaded_model_towards_the_data(
         float(text.split("loss=")[1].split("]")[0]) for text in capsys.readouterr().err.split("\r") if "loss=" in text
     ]
     assert losses[-1] < losses[0]
+
+
+def test_finetune_refuses_the_noise_encoder_of_another_model(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    IterativeGenerator(COMPACT).save_pretrained(tmp_path / "model")
+    arguments = ("--data", data, "--out", tmp_path / "tuned", "--model", tmp_path / "model")
+    other = NoiseEncoderConfig(width=4, z_dim=COMPACT.z_dim, places=True, window=32)
+    NoiseEncoder(other).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match="of another model, with another window"):
+        run(monkeypatch, "finetune.py", *arguments, "--noise-encoder", tmp_path / "other")
+    assert not (tmp_path / "tuned").exists()
 
 
 def test_train_classifier_reports_and_saves(
@@ -66,3 +103,51 @@ def test_train_classifier_reports_and_saves(
     assert lines[-1]["split"] == "test"
     assert 0 <= lines[-1]["accuracy"] <= 1
     assert SceneClassifier.from_pretrained(tmp_path / "judge").config.widths == (24, 48, 96, 160)
+
+
+def test_beyond_reports_every_experiment(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lively_generator(COMPACT).save_pretrained(tmp_path / "model")
+    arguments = ("--data", data, "--model", tmp_path / "model", "--lists", 1, "--redraws", 2, "--json", "--markdown")
+    run(monkeypatch, "beyond.py", *arguments, "--sheet", tmp_path / "sheets")
+    report, *table = capsys.readouterr().out.splitlines()
+    rows = json.loads(report)["rows"]
+    for row in rows:
+        assert row["pictures"] >= row["lists"] > 0
+        for measure in ("accuracy", "exact"):
+            low, high = row[f"{measure}_ci95"]
+            assert 0 <= low <= row[measure] <= high <= 1
+    assert (
+        len({row["experiment"] for row in rows})
+        == len(rows)
+        == len(table) - 2
+        == len([*(tmp_path / "sheets").iterdir()])
+    )
+    by_name = {row["experiment"]: row for row in rows}
+    assert by_name["5 objects, failed turns redrawn"]["passes"] == 5 * 8, "this model draws nothing that is right"
+    assert by_name["one turn again and again"]["place_spread"] > 0
+    assert (
+        by_name["one turn again and again"]["diversity"]
+        > by_name["one turn again and again, at one place"]["diversity"]
+    )
+
+
+def test_held_out_pairs_are_not_trained_on_but_asked_for(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "recalibrate", lambda generator, objects: None)  # it takes longer than the rest
+    compact = training.PRESETS["compact"]
+    few = dataclasses.replace(compact.generator, light_components=2)  # there are only 18 scenes
+    monkeypatch.setitem(training.PRESETS, "compact", dataclasses.replace(compact, generator=few))
+    arguments = ("--data", data, "--images", 15, "--width", 4, "--draws", 1, "--out", tmp_path / "run")
+    run(monkeypatch, "held_out_pairs.py", *arguments, "--hold-out", "red cube", "blue sphere")
+    report = json.loads(capsys.readouterr().out)
+    scenes = SceneDataset(data, "train")
+    assert 0 < report["scenes"] == len(scenes.without(["red cube", "blue sphere"])) < len(scenes)
+    assert [report[group]["pictures"] for group in ("held_out", "seen")] == [2, 22]
+    for group in ("held_out", "seen"):
+        for measure in ("found", "right_colour", "right_shape", "found_as_third"):
+            low, high = report[group][f"{measure}_ci95"]
+            assert 0 <= low <= report[group][measure] <= high <= 1
+    assert IterativeGenerator.from_pretrained(tmp_path / "run" / "model").config.width == 4

@@ -19,10 +19,12 @@ from condgan.functional import (
     crop_corners,
     encode_objects,
     evaluating,
+    paste,
     place_map,
     place_of_change,
     roll_conditions,
     rollout,
+    window_corners,
 )
 from condgan.models import ConditionRNN, GeneratorConfig, IterativeGenerator
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
@@ -486,6 +488,92 @@ def test_the_place_of_a_change_is_found_in_the_crop_around_it() -> None:
     assert torch.equal(inside, where - corners)
 
 
+# Windows
+
+
+@pytest.mark.parametrize(
+    ("place", "corner"),
+    [
+        ((31.5, 31.5), (12, 16)),  # the middle of the picture, moved down by 4 pixels
+        ((25.2, 23.4), (6, 8)),  # 25.2 - 19.5 and 23.4 + 4 - 19.5, rounded
+        ((0.0, 0.0), (0, 0)),  # moved inside
+        ((63.0, 63.0), (24, 24)),
+        ((31.5, 50.0), (12, 24)),
+    ],
+)
+def test_corners_of_windows_by_hand(place: tuple[float, float], corner: tuple[int, int]) -> None:
+    corners = window_corners(torch.tensor([place]), image_size=64, window=40)
+    assert corners.dtype == torch.int64
+    assert corners.tolist() == [list(corner)]
+
+
+@pytest.mark.parametrize(("image_size", "window"), [(32, 16), (64, 40), (64, 64), (128, 56)])
+def test_windows_are_where_the_plain_version_says_and_hold_their_place(image_size: int, window: int) -> None:
+    where = torch.rand(200, 2, generator=rng(), dtype=torch.float64) * (image_size - 1)
+    corners = window_corners(where, image_size, window)
+    assert corners.tolist() == [list(reference.window_corner(xy, image_size, window)) for xy in where.tolist()]
+    assert ((corners >= 0) & (corners + window <= image_size)).all()
+    inside = where - corners
+    assert ((inside >= 0) & (inside <= window - 1)).all()
+
+
+# Pasting
+
+
+def patches_to_paste(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures (3, 2, 9, 9), squares of side 4, and where they go."""
+    images = torch.randn(3, 2, 9, 9, generator=rng(), dtype=dtype)
+    patches = torch.randn(3, 2, 4, 4, generator=rng(1), dtype=dtype)
+    return images, patches, torch.tensor([[0, 4], [5, 0], [2, 3]])
+
+
+def test_pasting_equals_writing_into_slices() -> None:
+    images, patches, corners = patches_to_paste()
+    expected = images.clone()
+    for picture, patch, (x, y) in zip(expected, patches, corners.tolist(), strict=True):
+        picture[:, y : y + 4, x : x + 4] = patch
+    before = images.clone()
+    pasted = paste(images, patches, corners)
+    assert torch.equal(pasted, expected)
+    assert torch.equal(images, before)
+    assert pasted.data_ptr() != images.data_ptr()
+
+
+def test_pasting_is_the_reverse_of_cropping() -> None:
+    images, patches, corners = patches_to_paste()
+    assert torch.equal(crop(paste(images, patches, corners), corners, 4), patches)
+    assert torch.equal(paste(images, crop(images, corners, 4), corners), images)
+
+
+def test_pasting_works_on_views_and_on_pictures_stored_channels_last() -> None:
+    images, patches, corners = patches_to_paste()
+    expected = paste(images, patches, corners)
+    last = (x.to(memory_format=torch.channels_last) for x in (images, patches))
+    assert torch.equal(paste(*last, corners), expected)
+    one = images[:1].expand(3, -1, -1, -1)  # one start picture for all scenes: the same memory three times
+    assert torch.equal(paste(one, patches, corners), paste(one.clone(), patches, corners))
+    assert torch.equal(one[1], images[0])
+
+
+def test_gradient_flows_to_the_squares_and_to_the_pictures_around_them() -> None:
+    images, patches, corners = (x.requires_grad_() if x.is_floating_point() else x for x in patches_to_paste())
+    upstream = torch.randn(images.shape, generator=rng(2))
+    (paste(images, patches, corners) * upstream).sum().backward()
+    assert torch.equal(patches.grad, crop(upstream, corners, 4))
+    assert torch.equal(images.grad, paste(upstream, torch.zeros(3, 2, 4, 4), corners))
+
+
+def test_pasting_and_cropping_pass_the_gradient_checks() -> None:
+    images, patches, corners = (x[:2] for x in patches_to_paste(torch.float64))
+    images, patches = images[:, :1].clone().requires_grad_(), patches[:, :1].clone().requires_grad_()
+
+    def squares(images: Tensor, patches: Tensor) -> Tensor:
+        return paste(images, patches, corners).square() * crop(images, corners, 4).mean()
+
+    assert torch.autograd.gradcheck(squares, (images, patches))
+    assert torch.autograd.gradgradcheck(squares, (images, patches))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -493,6 +581,12 @@ def test_the_place_of_a_change_is_found_in_the_crop_around_it() -> None:
         (lambda: crop_corners(torch.zeros(2, 2), 16, 0), "crop_size must be between 1"),
         (lambda: crop_corners(torch.zeros(2), 16, 8), r"places must be \(N, 2\), got \(2,\)"),
         (lambda: crop(torch.zeros(3, 1, 8, 8), torch.zeros(2, 2).long(), 4), r"corners must be \(3, 2\), got \(2, 2\)"),
+        (lambda: window_corners(torch.zeros(2, 2), 16, 24), "between 1 and image_size, which is 16, got 24"),
+        (lambda: window_corners(torch.zeros(2, 3), 16, 8), r"places must be \(N, 2\), got \(2, 3\)"),
+        (
+            lambda: paste(torch.zeros(3, 1, 8, 8), torch.zeros(3, 1, 4, 4), torch.zeros(2, 2).long()),
+            r"corners must be \(3, 2\), got \(2, 2\)",
+        ),
         (lambda: place_map(torch.zeros(2), 16), r"place must be \(N, 2\), got \(2,\)"),
         (lambda: place_map(torch.zeros(2, 3), 16), r"place must be \(N, 2\), got \(2, 3\)"),
     ],

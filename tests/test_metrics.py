@@ -258,6 +258,252 @@ def test_features_that_do_not_fit_are_refused() -> None:
         metrics.frechet_distance(torch.zeros(2, 5), torch.zeros(2, 6))
 
 
+# ---- kernel distance ---------------------------------------------------------------------------------------------
+
+
+def _plain_kernel_distance(a: Tensor, b: Tensor, group_size: int) -> tuple[float, float]:
+    """Unbiased and plain distance, pair by pair."""
+
+    def mean(pairs: list[tuple[Tensor, Tensor]]) -> float:
+        return sum(float((x @ y / len(x) + 1) ** 3) for x, y in pairs) / len(pairs)
+
+    def different(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        count = range(len(rows))
+        return [(rows[i], rows[j]) for i in count for j in count if i // group_size != j // group_size]
+
+    across = mean([*itertools.product(a, b)])
+    unbiased = mean(different(a)) + mean(different(b)) - 2 * across
+    return unbiased, mean([*itertools.product(a, a)]) + mean([*itertools.product(b, b)]) - 2 * across
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3])
+def test_kernel_distance_is_that_of_all_pairs_and_its_error_that_of_leaving_groups_out(group_size: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randn(12, 4, dtype=torch.float64, generator=rng)
+    b = torch.randn(18, 4, dtype=torch.float64, generator=rng) + 0.5
+    found = metrics.kernel_distance(a, b, group_size=group_size)
+    unbiased, plain = _plain_kernel_distance(a, b, group_size)
+    assert found.distance == pytest.approx(unbiased, rel=1e-9)
+    assert found.with_noise == pytest.approx(plain, rel=1e-9)
+
+    def left_out(rows: Tensor) -> list[Tensor]:
+        starts = range(0, len(rows), group_size)
+        return [torch.cat([rows[:start], rows[start + group_size :]]) for start in starts]
+
+    variance = 0.0
+    for distances in (
+        [_plain_kernel_distance(rows, b, group_size)[0] for rows in left_out(a)],
+        [_plain_kernel_distance(a, rows, group_size)[0] for rows in left_out(b)],
+    ):
+        centre = sum(distances) / len(distances)
+        variance += (len(distances) - 1) / len(distances) * sum((x - centre) ** 2 for x in distances)
+    assert found.standard_error == pytest.approx(variance**0.5, rel=1e-9)
+
+
+def test_kernel_distance_by_hand() -> None:
+    """In one dimension with rows at 0 the kernel is 1; of two rows at 1 it is 2^3."""
+    zeros, ones = torch.zeros(3, 1), torch.ones(4, 1)
+    assert metrics.kernel_distance(zeros, ones) == (1 + 8 - 2, 0, 7)
+
+
+def test_kernel_distance_is_unbiased_and_its_error_is_how_much_it_varies() -> None:
+    rng = torch.Generator().manual_seed(1)
+    for shift in (0.0, 0.7):
+        trials = [
+            metrics.kernel_distance(torch.randn(40, 3, generator=rng), torch.randn(60, 3, generator=rng) + shift)
+            for _ in range(200)
+        ]
+        distances = torch.tensor([trial.distance for trial in trials])
+        error = float(distances.std())
+        mean = float(distances.mean())
+        assert (abs(mean) < 4 * error / 200**0.5) == (shift == 0)
+        claimed = float(torch.tensor([trial.standard_error for trial in trials]).mean())
+        assert 0.9 < claimed / error < (1.7 if shift == 0 else 1.15)
+        assert all(trial.with_noise > max(0, trial.distance) for trial in trials)
+
+
+def test_kernel_distance_counts_rows_that_are_copies_of_each_other_once() -> None:
+    rng = torch.Generator().manual_seed(2)
+    a, b = torch.randn(2, 20, 5, generator=rng)
+    once = metrics.kernel_distance(a, b)
+    thrice = metrics.kernel_distance(a.repeat_interleave(3, 0), b.repeat_interleave(3, 0), group_size=3)
+    assert thrice == pytest.approx(once, rel=1e-9)
+    ungrouped = metrics.kernel_distance(a.repeat_interleave(3, 0), b.repeat_interleave(3, 0))
+    assert ungrouped.distance > once.distance + 0.01  # copies look like a difference
+    assert ungrouped.standard_error < once.standard_error  # and like more samples
+
+
+def test_kernel_distance_has_no_direction_and_no_order() -> None:
+    rng = torch.Generator().manual_seed(3)
+    a, b = torch.randn(10, 4, generator=rng), torch.randn(15, 4, generator=rng)
+    assert metrics.kernel_distance(a, b) == pytest.approx(metrics.kernel_distance(b, a), rel=1e-9)
+    assert metrics.kernel_distance(a.flip(0), b) == pytest.approx(metrics.kernel_distance(a, b), rel=1e-9)
+    assert metrics.kernel_distance(a, a).with_noise == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"features_b must be \(N, D\).*\(6, 4\), \(6, 5\)"):
+        metrics.kernel_distance(torch.zeros(6, 4), torch.zeros(6, 5))
+    with pytest.raises(ValueError, match="features_a is not finite"):
+        metrics.kernel_distance(torch.full((6, 4), math.nan), torch.zeros(6, 4))
+    for rows, group_size in ((8, 3), (6, 3), (2, 1)):
+        with pytest.raises(ValueError, match=f"features_b must hold at least three whole groups of {group_size} rows"):
+            metrics.kernel_distance(torch.zeros(9, 4), torch.zeros(rows, 4), group_size=group_size)
+    with pytest.raises(ValueError, match="group_size must be at least 1"):
+        metrics.kernel_distance(torch.zeros(9, 4), torch.zeros(9, 4), group_size=0)
+
+
+# ---- neighbours ----------------------------------------------------------------------------------------------------
+
+
+def test_neighbour_scores_by_hand() -> None:
+    real = torch.tensor([[0.0], [1.0], [3.0], [10.0]])  # to the nearest other: 1, 1, 2 and 7
+    fake = torch.tensor([[0.5], [4.0], [30.0]])  # 3.5, 3.5 and 26
+    scores = metrics.neighbour_scores(real, fake, k=1)
+    # 0.5 is in the balls of 0 and 1 only; 4 in those of 3 and of 10; 30 in none
+    assert scores.density.tolist() == [2, 2, 0]
+    assert scores.precision.tolist() == [1, 1, 0]
+    assert scores.coverage.tolist() == [1, 1, 1, 1]
+    # the ball of 0.5 holds 0, 1 and 3, that of 30 holds 10
+    assert scores.recall.tolist() == [1, 1, 1, 1]
+    near = metrics.neighbour_scores(real, torch.tensor([[0.5], [0.6], [0.7]]), k=1)
+    assert near.recall.tolist() == [0, 0, 0, 0]
+    assert near.coverage.tolist() == [1, 1, 0, 0]
+
+
+def test_neighbour_scores_are_the_loops_of_their_definitions() -> None:
+    rng = torch.Generator().manual_seed(0)
+    real = torch.randn(30, 3, dtype=torch.float64, generator=rng)
+    fake = torch.randn(20, 3, dtype=torch.float64, generator=rng) + 0.6
+    k = 4
+
+    def inside(rows: Tensor, points: Tensor) -> list[list[bool]]:
+        """For every point, whether it is in the ball of each row."""
+        radii = [sorted(float((row - other).norm()) for other in rows)[k] for row in rows]
+        return [
+            [float((row - point).norm()) <= radius for row, radius in zip(rows, radii, strict=True)] for point in points
+        ]
+
+    in_real, in_fake = inside(real, fake), inside(fake, real)
+    scores = metrics.neighbour_scores(real, fake, k=k)
+    assert scores.precision.tolist() == [any(row) for row in in_real]
+    assert scores.recall.tolist() == [any(row) for row in in_fake]
+    assert scores.density.tolist() == pytest.approx([sum(row) / k for row in in_real])
+    assert scores.coverage.tolist() == [any(column) for column in zip(*in_real, strict=True)]
+
+
+def test_neighbour_scores_tell_good_varied_and_far_pictures_apart() -> None:
+    rng = torch.Generator().manual_seed(1)
+    real, same = torch.randn(2, 300, 4, generator=rng)
+    scores = metrics.neighbour_scores(real, same)
+    assert all(0.85 < float(values.mean()) <= 1.1 for values in scores)
+    own = metrics.neighbour_scores(real, real)
+    assert all(values.min() >= 1 / 5 for values in own)  # each is in its own ball
+    assert own.density.mean() == pytest.approx(6 / 5)  # k others are in each ball, and itself
+    collapsed = metrics.neighbour_scores(real, 0.1 * same)  # always the same good picture
+    assert collapsed.precision.mean() == 1
+    assert collapsed.recall.mean() < 0.1
+    assert collapsed.coverage.mean() < 0.5
+    far = metrics.neighbour_scores(real, same + 50)
+    assert all(values.sum() == 0 for values in far)
+
+
+def test_one_odd_real_picture_moves_precision_but_not_density() -> None:
+    """The reason for density and coverage (Naeem et al. 2020, figure 3): an outlier's ball holds everything."""
+    rng = torch.Generator().manual_seed(2)
+    real, bad = torch.randn(2, 100, 2, generator=rng)
+    bad = bad + 8
+    odd = torch.cat([real, torch.full((1, 2), 14.0)])
+    assert metrics.neighbour_scores(real, bad).precision.mean() < 0.05
+    scores = metrics.neighbour_scores(odd, bad)
+    assert scores.precision.mean() > 0.95
+    assert scores.density.mean() < 0.25
+    assert scores.coverage.mean() < 0.05
+
+
+def test_neighbour_scores_refuse_what_does_not_fit() -> None:
+    for k in (0, 3):
+        with pytest.raises(ValueError, match=f"got {k} of 5 and 3"):
+            metrics.neighbour_scores(torch.rand(5, 2), torch.rand(3, 2), k=k)
+    with pytest.raises(ValueError, match="fake must be"):
+        metrics.neighbour_scores(torch.rand(9, 2), torch.rand(9, 3))
+
+
+# ---- copies --------------------------------------------------------------------------------------------------------
+
+
+def test_nearest_distances_are_those_of_the_loop() -> None:
+    rng = torch.Generator().manual_seed(0)
+    features, references = torch.randn(7, 5, generator=rng), torch.randn(23, 5, generator=rng)
+    expected = [min(float((row - other).norm()) for other in references) for row in features]
+    for chunk in (1, 10, 23, 1024):
+        assert metrics.nearest_distances(features, references, chunk=chunk).tolist() == pytest.approx(
+            expected, rel=1e-5
+        )
+    same = metrics.nearest_distances(references[:3] + 1000, references + 1000)
+    assert same.max() < 1e-5  # far from the origin too
+    with pytest.raises(ValueError, match="references must be"):
+        metrics.nearest_distances(features, references[:0])
+
+
+def test_chance_of_nearer_pictures_is_that_of_shuffling() -> None:
+    """All orders of 3 drawn and 4 held-out distances, counted."""
+    for rank in (1, 2, 4):
+        counts = []
+        for places in itertools.combinations(range(7), 3):  # of the drawn ones
+            limit = [place for place in range(7) if place not in places][rank - 1]
+            counts.append(sum(place < limit for place in places))
+        for least in range(4):
+            share = sum(count >= least for count in counts) / len(counts)
+            assert metrics._chance_of_nearer(least, 3, rank, 4) == pytest.approx(share, rel=1e-12)
+
+
+def test_memorisation_by_hand() -> None:
+    held_out = torch.arange(1.0, 201)  # the second smallest is 2
+    drawn = torch.cat([torch.full((5,), 1.5), torch.full((95,), 50.25)])
+    found = metrics.memorisation(drawn, held_out, rng_seed=0)
+    assert found.ratio == pytest.approx(50.25 / 100.5)
+    assert found.nearer == 0.05
+    assert found.nearer_ci95[0] <= 0.05 <= found.nearer_ci95[1]
+    assert found.ratio_ci95[0] < 0.5 < found.ratio_ci95[1]
+    assert found == metrics.memorisation(3 * drawn, 3 * held_out, rng_seed=0)  # no unit
+
+
+def test_memorisation_finds_five_percent_of_copies_and_seldom_what_is_not_there() -> None:
+    rng = torch.Generator().manual_seed(0)
+    alarms = found = 0
+    for trial in range(150):
+        drawn, held_out = torch.randn(2, 300, generator=rng).exp()
+        alarms += metrics.memorisation(drawn, held_out, rng_seed=trial, resamples=1).found
+        drawn[:15] *= 0.001
+        result = metrics.memorisation(drawn, held_out, rng_seed=trial, resamples=1)
+        found += result.found
+        assert result.ratio == pytest.approx(1, abs=0.5)  # which the median hardly shows
+    assert alarms <= 5  # 1 or 2 expected
+    assert found >= 147
+
+
+def test_memorisation_shows_when_all_pictures_are_near() -> None:
+    rng = torch.Generator().manual_seed(1)
+    drawn, held_out = torch.rand(2, 200, generator=rng) + 1
+    low, high = metrics.memorisation(drawn, held_out, rng_seed=0).ratio_ci95
+    assert low < 1 < high
+    assert high - low < 0.2
+    assert metrics.memorisation(drawn / 2, held_out, rng_seed=0).ratio_ci95[1] < 0.6
+
+
+def test_memorisation_is_seeded_and_refuses_what_does_not_fit() -> None:
+    drawn, held_out = torch.rand(2, 50)
+    state = torch.get_rng_state()
+    assert metrics.memorisation(drawn, held_out, rng_seed=1) == metrics.memorisation(drawn, held_out, rng_seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    for bad in (torch.zeros(0), torch.rand(2, 3), torch.tensor([-1.0]), torch.tensor([math.nan])):
+        with pytest.raises(ValueError, match="drawn must be finite distances"):
+            metrics.memorisation(bad, held_out, rng_seed=0)
+    with pytest.raises(ValueError, match="among the training pictures"):
+        metrics.memorisation(drawn, torch.zeros(9), rng_seed=0)
+
+
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from reference import randomise
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from condgan.functional import encode_objects
+from condgan.functional import encode_objects, window_corners
 from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
 from condgan.models import (
     ConditionRNN,
@@ -24,6 +25,8 @@ from condgan.models import (
     DiscriminatorConfig,
     GeneratorConfig,
     IterativeGenerator,
+    NoiseEncoder,
+    NoiseEncoderConfig,
     PlaceModel,
     PreviousImageEncoder,
 )
@@ -38,6 +41,12 @@ GENERATORS = [
     GeneratorConfig(image_size=128, width=4),
     GeneratorConfig(image_size=128, width=4, output="blend", places=True, noise_in_norm=True),
 ]
+WINDOWED_GENERATORS = [
+    GeneratorConfig(width=4, z_dim=7, output="blend", places=True, window=40, noise_in_norm=True),
+    GeneratorConfig(width=4, z_dim=7, places=True, window=40),
+    GeneratorConfig(image_size=32, width=4, output="blend", places=True, window=32),
+    GeneratorConfig(image_size=128, width=4, output="blend", places=True, window=24),
+]
 DISCRIMINATORS = [
     DiscriminatorConfig(width=4),
     DiscriminatorConfig(width=4, places=True, condition_dim=12, objects=("dot", "dash")),
@@ -45,16 +54,31 @@ DISCRIMINATORS = [
     DiscriminatorConfig(image_size=32, width=4, places=True),
     DiscriminatorConfig(image_size=128, width=4),
 ]
+WINDOWED_DISCRIMINATORS = [
+    DiscriminatorConfig(width=4, places=True, window=40, spectral_norm=False),
+    DiscriminatorConfig(image_size=32, width=4, places=True, window=32),
+]
+NOISE_ENCODERS = [
+    NoiseEncoderConfig(width=4, z_dim=6, places=True, window=40),
+    NoiseEncoderConfig(width=4, z_dim=5, places=True),
+    NoiseEncoderConfig(image_size=32, width=4, z_dim=6),
+]
 
 
-def config_name(config: GeneratorConfig | DiscriminatorConfig) -> str:
+@pytest.fixture(autouse=True)
+def same_weights_whatever_ran_before() -> None:
+    torch.manual_seed(0)
+
+
+def config_name(config: GeneratorConfig | DiscriminatorConfig | NoiseEncoderConfig) -> str:
     default = type(config)()
     changed = {k: v for k, v in vars(config).items() if v != getattr(default, k) and k not in ("width", "objects")}
     return ",".join(f"{key}={value}" for key, value in changed.items()) or "default"
 
 
-every_generator = pytest.mark.parametrize("config", GENERATORS, ids=config_name)
-every_discriminator = pytest.mark.parametrize("config", DISCRIMINATORS, ids=config_name)
+every_generator = pytest.mark.parametrize("config", GENERATORS + WINDOWED_GENERATORS, ids=config_name)
+every_discriminator = pytest.mark.parametrize("config", DISCRIMINATORS + WINDOWED_DISCRIMINATORS, ids=config_name)
+every_noise_encoder = pytest.mark.parametrize("config", NOISE_ENCODERS, ids=config_name)
 
 
 def generator_input(
@@ -78,6 +102,25 @@ def discriminator_input(
     condition = torch.randn(n, config.condition_dim, generator=rng)
     place = torch.rand(n, 2, generator=rng) * (config.image_size - 1) if config.places else None
     return tuple(None if x is None else x.to(dtype) for x in (prev_image, image, condition, place))
+
+
+def noise_encoder_input(config: NoiseEncoderConfig, n: int = 4) -> tuple[Tensor | None, ...]:
+    """Previous picture, picture, place."""
+    rng = torch.Generator().manual_seed(5)
+    prev_image, image = torch.rand(2, n, 3, config.image_size, config.image_size, generator=rng) * 2 - 1
+    contrast, level = torch.rand(2, n, 3, 1, 1, generator=rng)  # or one picture of noise looks like the other
+    place = torch.rand(n, 2, generator=rng) * (config.image_size - 1) if config.places else None
+    return prev_image, contrast * image + (1 - contrast) * level, place
+
+
+def lively_noise_encoder(config: NoiseEncoderConfig) -> NoiseEncoder:
+    """Its noise varies by far more than the epsilon of its norm, unlike that of a fresh one."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        encoder = NoiseEncoder(config)
+        randomise(encoder)
+        encoder.linear.weight *= 100
+    return encoder
 
 
 def item(arguments: tuple[Tensor | None, ...], i: int) -> tuple[Tensor | None, ...]:
@@ -181,6 +224,21 @@ def test_the_previous_picture_becomes_512_channels_at_8x8(reference_generator: I
     assert [norm.num_features for norm in encoder.norms] == [64, 128, 512]
 
 
+@pytest.mark.parametrize("blend", [False, True])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_without_a_window_the_coarsest_features_are_as_wide_at_every_size(size: int, blend: bool) -> None:
+    """Saved models of all sizes have these shapes."""
+    config = GeneratorConfig(image_size=size, width=2, condition_dim=3, output="blend" if blend else "tanh")
+    generator = IterativeGenerator(config)
+    channels = {32: [2, 16], 64: [2, 4, 16], 128: [2, 4, 8, 16]}[size]
+    assert [conv.out_channels for conv in generator.prev_encoder.convs] == channels
+    before = [generator.get_submodule(f"block{i}").c0.out_channels for i in range(1, generator.num_blocks)]
+    joined = channels[::-1] if blend else [16] + [0] * (len(channels) - 1)
+    inputs = [generator.get_submodule(f"block{i}").c0.in_channels for i in range(2, generator.num_blocks + 1)]
+    assert inputs == [own + extra for own, extra in zip(before, joined, strict=True)]
+    assert generator.l0.out_features == {32: 8, 64: 16, 128: 16}[size] * 2 * 4**2
+
+
 @torch.no_grad()
 def test_the_generator_grows_the_maps_of_the_reference(reference_generator: IterativeGenerator) -> None:
     z, condition, prev_image, _ = generator_input(reference_generator.config, 1)
@@ -262,25 +320,37 @@ def test_the_discriminator_subtracts_after_its_third_block(reference_discriminat
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("config", GENERATORS[:4], ids=config_name)
+@pytest.mark.parametrize("config", GENERATORS[:4] + WINDOWED_GENERATORS[:2], ids=config_name)
 @torch.no_grad()
 def test_a_turn_equals_the_plain_version(config: GeneratorConfig, training: bool) -> None:
     generator = randomise(IterativeGenerator(config)).double().train(training)
     arguments = generator_input(config, dtype=torch.float64)
     expected = reference.generate_turn(generator, *arguments)
-    torch.testing.assert_close(generator(*arguments), expected, atol=1e-10, rtol=0)
+    tolerance = 1e-10 if config.window is None else 1e-5  # whose coordinates are rounded to float32
+    torch.testing.assert_close(generator(*arguments), expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("config", DISCRIMINATORS[:3], ids=config_name)
+@pytest.mark.parametrize("config", DISCRIMINATORS[:3] + WINDOWED_DISCRIMINATORS, ids=config_name)
 @torch.no_grad()
 def test_a_judgement_equals_the_plain_version(config: DiscriminatorConfig, training: bool) -> None:
     discriminator = randomise(DiffDiscriminator(config)).double().train(training)
     arguments = discriminator_input(config, dtype=torch.float64)
     output = discriminator(*arguments)
     logits, object_logits = reference.discriminate(discriminator, *arguments)  # after it: the vectors it left behind
-    torch.testing.assert_close(output.logits, logits, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(output.object_logits, object_logits, atol=1e-9, rtol=1e-9)
+    tolerance = 1e-9 if config.window is None else 1e-5  # whose coordinates are rounded to float32
+    torch.testing.assert_close(output.logits, logits, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(output.object_logits, object_logits, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@every_noise_encoder
+@torch.no_grad()
+def test_found_noise_equals_the_plain_version(config: NoiseEncoderConfig, training: bool) -> None:
+    encoder = lively_noise_encoder(config).train(training)
+    arguments = noise_encoder_input(config)
+    expected = reference.find_noise(encoder, *arguments)
+    torch.testing.assert_close(encoder(*arguments), expected, atol=1e-3, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -421,7 +491,7 @@ def test_a_fresh_blended_generator_keeps_most_of_the_previous_picture() -> None:
     assert (drawn - arguments[2]).abs().mean() < 0.25
 
 
-@pytest.mark.parametrize("config", [GENERATORS[0], GENERATORS[2]], ids=config_name)
+@pytest.mark.parametrize("config", [GENERATORS[0], GENERATORS[2], WINDOWED_GENERATORS[0]], ids=config_name)
 @torch.no_grad()
 def test_a_generator_in_bfloat16_draws_on_a_finer_picture_and_keeps_its_dtype(config: GeneratorConfig) -> None:
     generator = randomise(IterativeGenerator(config))
@@ -463,6 +533,110 @@ def test_models_without_places_refuse_one() -> None:
         generator(*generator_input(GENERATORS[0])[:3], torch.zeros(2, 2))
     with pytest.raises(ValueError, match="this model does not know places"):
         discriminator(*discriminator_input(DISCRIMINATORS[0])[:3], torch.zeros(2, 2))
+
+
+# Windows
+
+
+@pytest.mark.parametrize("config", WINDOWED_GENERATORS, ids=config_name)
+@torch.no_grad()
+def test_a_turn_changes_nothing_outside_its_window(config: GeneratorConfig) -> None:
+    generator = randomise(IterativeGenerator(config))
+    if config.output == "blend":
+        nn.init.constant_(generator.conv.bias, 100.0)  # the mask is open everywhere
+    z, condition, prev_image, place = generator_input(config, n=6)
+    before = prev_image.clone()
+    image = generator(z, condition, prev_image, place)
+    assert torch.equal(prev_image, before)
+    changed = (image != prev_image).any(1)
+    corners = window_corners(place, config.image_size, config.window)
+    for drawn, (x, y) in zip(changed, corners.tolist(), strict=True):
+        inside = torch.zeros_like(drawn)
+        inside[y : y + config.window, x : x + config.window] = True
+        assert torch.equal(drawn, inside)
+
+
+@torch.no_grad()
+def test_networks_with_a_window_see_nothing_else() -> None:
+    generator_config, judge_config, encoder_config = (
+        WINDOWED_GENERATORS[0],
+        WINDOWED_DISCRIMINATORS[0],
+        NOISE_ENCODERS[0],
+    )
+    generator, judge = randomise(IterativeGenerator(generator_config)), randomise(DiffDiscriminator(judge_config))
+    encoder = randomise(NoiseEncoder(encoder_config))
+    z, condition, prev_image, place = generator_input(generator_config)
+    judge_condition, image = torch.randn(2, judge_config.condition_dim), prev_image.flip(0)
+    other = [picture.clone().neg() for picture in (prev_image, image)]
+    outside = torch.ones(2, 1, 64, 64, dtype=torch.bool)
+    for mask, (x, y) in zip(outside, window_corners(place, 64, 40).tolist(), strict=True):
+        mask[:, y : y + 40, x : x + 40] = False
+    other_prev, other_image = (torch.where(outside, o, p) for o, p in zip(other, (prev_image, image), strict=True))
+    drawn, other_drawn = (generator(z, condition, p, place) for p in (prev_image, other_prev))
+    assert torch.equal(drawn.masked_select(~outside), other_drawn.masked_select(~outside))
+    assert torch.equal(other_drawn.masked_select(outside), other_prev.masked_select(outside))
+    judged, other_judged = (
+        judge(p, i, judge_condition, place) for p, i in ((prev_image, image), (other_prev, other_image))
+    )
+    assert torch.equal(judged.logits, other_judged.logits)
+    assert torch.equal(judged.object_logits, other_judged.object_logits)
+    assert torch.equal(encoder(prev_image, image, place), encoder(other_prev, other_image, place))
+
+
+@pytest.mark.parametrize("config", WINDOWED_GENERATORS[:2], ids=config_name)
+@torch.no_grad()
+def test_a_window_of_40_pixels_grows_from_a_map_of_5x5(config: GeneratorConfig) -> None:
+    generator = IterativeGenerator(config).eval()
+    with recording(generator) as calls:
+        generator(*generator_input(config))
+    sides = [calls[f"block{i}"][0][1].shape[-1] for i in (1, 2, 3)]
+    assert calls["block1"][0][0][0].shape == (2, 32, 5, 5)
+    assert sides == [10, 20, 40]
+    assert not hasattr(generator, "block4")
+    features = calls["prev_encoder"][0][1]
+    assert [tuple(f.shape[1:]) for f in features] == [(8, 20, 20), (16, 10, 10)]  # as many as the generator has there
+    assert calls["conv"][0][1].shape[2:] == (40, 40)
+
+
+@torch.no_grad()
+def test_in_a_window_the_networks_see_the_place_the_coordinates_and_what_is_fine() -> None:
+    generator, judge = IterativeGenerator(WINDOWED_GENERATORS[0]), DiffDiscriminator(WINDOWED_DISCRIMINATORS[0])
+    z, condition, prev_image, _ = generator_input(generator.config)
+    place = torch.tensor([[31.5, 31.5], [0.0, 63.0]])  # windows from (12, 16) and (0, 24)
+    prev_image[1] = 0.1
+    prev_image[1, 1, 40, 10] = 1.0
+    with recording(generator.eval()) as calls:
+        generator(z, condition, prev_image, place)
+    seen = calls["prev_encoder"][0][0][0]
+    with recording(judge.eval()) as calls:
+        judge(prev_image, prev_image.flip(0), torch.zeros(2, 256), place)
+    assert seen.shape == (2, 9, 40, 40)
+    assert torch.equal(calls["block1"][0][0][0][:2], seen)
+    assert torch.equal(seen[0, :3], prev_image[0, :, 16:56, 12:52])
+    blob = seen[0, 3]  # highest at the four pixels around (31.5 - 12, 31.5 - 16)
+    assert (blob == blob.max()).nonzero().tolist() == [[15, 19], [15, 20], [16, 19], [16, 20]]
+    assert seen[1, 3, 39, 0] == 1
+    for n, (left, top) in enumerate([(12, 16), (0, 24)]):
+        axis = 2 * torch.arange(64) / 63 - 1
+        torch.testing.assert_close(seen[n, 4], axis[left : left + 40].expand(40, -1), atol=1e-6, rtol=0)
+        torch.testing.assert_close(seen[n, 5], axis[top : top + 40, None].expand(-1, 40), atol=1e-6, rtol=0)
+    fine = torch.zeros(3, 40, 40)
+    fine[1, 15:18, 9:12] = -1.0  # one pixel 0.9 brighter: 10 * 0.9 / 9 less than the mean around it
+    fine[1, 16, 10] = 8.0
+    torch.testing.assert_close(seen[1, 6:], fine, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("size", "window"), [(s, w) for s in (32, 64, 128) for w in range(16, s + 1, 8)])
+@torch.no_grad()
+def test_every_window_that_a_config_takes_can_be_drawn_and_judged(size: int, window: int) -> None:
+    shape: dict[str, Any] = {"image_size": size, "width": 2, "places": True, "window": window}
+    config = GeneratorConfig(condition_dim=3, z_dim=2, output="blend", **shape)
+    z, condition, prev_image, place = generator_input(config, n=1)
+    image = IterativeGenerator(config).eval()(z, condition, prev_image, place)
+    assert (image != prev_image).any(1).sum() == window**2
+    judge = DiffDiscriminator(DiscriminatorConfig(condition_dim=3, **shape))
+    assert judge(prev_image, image, condition, place).logits.isfinite().all()
+    assert NoiseEncoder(NoiseEncoderConfig(z_dim=2, **shape)).eval()(prev_image, image, place).shape == (1, 2)
 
 
 # Every discriminator
@@ -515,7 +689,7 @@ def test_nothing_but_zeros_is_left_where_nothing_changed(config: DiscriminatorCo
     torch.testing.assert_close(same.logits[0], same.logits[1])  # whatever the picture
     assert torch.equal(same.object_logits[0], same.object_logits[1])
     changed = discriminator(prev_image, image, condition, place)
-    assert (changed.logits - same.logits).abs().min() > 1e-4
+    assert (changed.logits - same.logits).abs().max() > 1e-4
 
 
 @torch.no_grad()
@@ -532,7 +706,7 @@ def test_the_difference_is_local() -> None:
     assert (difference[:, :, 5:, 5:] == 0).all()
 
 
-@pytest.mark.parametrize("config", [DISCRIMINATORS[0], DISCRIMINATORS[3]], ids=config_name)
+@pytest.mark.parametrize("config", [DISCRIMINATORS[0], DISCRIMINATORS[3], WINDOWED_DISCRIMINATORS[0]], ids=config_name)
 @torch.no_grad()
 def test_comparing_several_pictures_equals_judging_each(config: DiscriminatorConfig) -> None:
     discriminator = randomise(DiffDiscriminator(config))
@@ -548,10 +722,11 @@ def test_comparing_several_pictures_equals_judging_each(config: DiscriminatorCon
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("config", [DISCRIMINATORS[1], WINDOWED_DISCRIMINATORS[0]], ids=config_name)
 @torch.no_grad()
-def test_the_discriminator_keeps_the_dtype(dtype: torch.dtype) -> None:
-    discriminator = randomise(DiffDiscriminator(DISCRIMINATORS[1])).to(dtype)
-    output = discriminator(*discriminator_input(DISCRIMINATORS[1], dtype=dtype))
+def test_the_discriminator_keeps_the_dtype(config: DiscriminatorConfig, dtype: torch.dtype) -> None:
+    discriminator = randomise(DiffDiscriminator(config)).to(dtype)
+    output = discriminator(*discriminator_input(config, dtype=dtype))
     assert output.logits.dtype == output.object_logits.dtype == dtype
     assert output.logits.isfinite().all()
 
@@ -581,6 +756,118 @@ def test_there_must_be_a_picture_to_compare() -> None:
     prev_image, _, condition, _ = discriminator_input(DISCRIMINATORS[0])
     with pytest.raises(ValueError, match="images is empty"):
         DiffDiscriminator(DISCRIMINATORS[0]).compare(prev_image, [], condition)
+
+
+# Noise encoders
+
+
+@every_noise_encoder
+def test_over_a_batch_found_noise_has_mean_0_and_variance_1(config: NoiseEncoderConfig) -> None:
+    encoder = lively_noise_encoder(config).train()
+    noise = encoder(*noise_encoder_input(config, n=8))
+    assert noise.shape == (8, config.z_dim)
+    assert noise.dtype == torch.float32
+    torch.testing.assert_close(noise.mean(0), torch.zeros(config.z_dim), atol=1e-4, rtol=0)
+    torch.testing.assert_close(noise.var(0, correction=0), torch.ones(config.z_dim), atol=0.01, rtol=0)
+    assert not list(encoder.norm.parameters())
+
+
+@every_noise_encoder
+@torch.no_grad()
+def test_found_noise_depends_on_every_input(config: NoiseEncoderConfig) -> None:
+    encoder = lively_noise_encoder(config)
+    arguments = noise_encoder_input(config)
+    noise = encoder(*arguments)
+    for i, argument in enumerate(arguments):
+        if argument is not None:
+            changed = (*arguments[:i], argument.flip(0), *arguments[i + 1 :])
+            assert (encoder(*changed) - noise).abs().max() > 1e-4, i
+
+
+@every_noise_encoder
+@torch.no_grad()
+def test_in_eval_mode_found_noise_is_that_of_each_turn_alone(config: NoiseEncoderConfig) -> None:
+    encoder = lively_noise_encoder(config)
+    arguments = noise_encoder_input(config)
+    state = copy.deepcopy(encoder.state_dict())
+    noise = encoder(*arguments)
+    assert torch.equal(encoder(*arguments), noise)
+    assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items())
+    for i in range(4):
+        torch.testing.assert_close(encoder(*item(arguments, i)), noise[i : i + 1], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="more than 1 value per channel when training"):
+        encoder.train()(*item(arguments, 0))
+
+
+@torch.no_grad()
+def test_the_running_statistics_of_found_noise_are_those_of_what_was_seen() -> None:
+    config = NOISE_ENCODERS[2]
+    encoder = lively_noise_encoder(config).train()
+    arguments = noise_encoder_input(config, n=16)
+    for _ in range(200):
+        noise = encoder(*arguments)
+    torch.testing.assert_close(encoder.eval()(*arguments), noise * (15 / 16) ** 0.5, atol=0.02, rtol=0.02)
+
+
+@every_noise_encoder
+def test_every_parameter_of_a_noise_encoder_gets_a_finite_gradient(config: NoiseEncoderConfig) -> None:
+    encoder = lively_noise_encoder(config).train()
+    prev_image, image, place = noise_encoder_input(config)
+    prev_image, image = prev_image.clone().requires_grad_(), image.clone().requires_grad_()
+    target = torch.randn(4, config.z_dim, generator=torch.Generator().manual_seed(0))
+    (encoder(prev_image, image, place) * target).sum().backward()
+    for name, parameter in (*encoder.named_parameters(), ("prev_image", prev_image), ("image", image)):
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert name.endswith("bias") or parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("training", [False, True])
+@torch.no_grad()
+def test_found_noise_under_autocast_is_float32_and_nearly_the_same(training: bool) -> None:
+    config = NOISE_ENCODERS[0]
+    encoder = lively_noise_encoder(config)
+    encoder.train(training)
+    arguments = noise_encoder_input(config, n=8)
+    expected = encoder(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        noise = encoder(*arguments)
+    assert noise.dtype == torch.float32
+    assert torch.stack((noise, expected)).flatten(1).corrcoef()[0, 1] > 0.9
+
+
+@every_noise_encoder
+@torch.no_grad()
+def test_a_saved_noise_encoder_finds_the_same_noise(config: NoiseEncoderConfig, tmp_path: Path) -> None:
+    encoder = lively_noise_encoder(config).train()
+    arguments = noise_encoder_input(config)
+    encoder(*arguments)
+    loaded = NoiseEncoder.from_pretrained(encoder.save_pretrained(tmp_path))
+    assert loaded.config == config
+    assert torch.equal(loaded(*arguments), encoder.eval()(*arguments))
+    assert loaded.norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prev_image": torch.zeros(4, 3, 32, 32)}, r"prev_image must be \(4, 3, 64, 64\), got \(4, 3, 32, 32\)"),
+        ({"image": torch.zeros(1, 3, 64, 64)}, r"image must be \(4, 3, 64, 64\), got \(1, 3, 64, 64\)"),
+        ({"image": torch.zeros(3, 64, 64)}, r"image must be \(4, 3, 64, 64\), got \(3, 64, 64\)"),
+        ({"place": None}, r"place must be \(4, 2\) pixels \(x, y\), got None"),
+        ({"place": torch.zeros(4)}, r"place must be \(4, 2\) pixels \(x, y\), got \(4,\)"),
+    ],
+)
+def test_the_noise_encoder_names_bad_input(change: dict[str, Any], message: str) -> None:
+    arguments = dict(zip(("prev_image", "image", "place"), noise_encoder_input(NOISE_ENCODERS[0]), strict=True))
+    with pytest.raises(ValueError, match=message):
+        NoiseEncoder(NOISE_ENCODERS[0])(**(arguments | change))
+
+
+def test_a_noise_encoder_without_places_takes_none() -> None:
+    prev_image, image, _ = noise_encoder_input(NOISE_ENCODERS[2])
+    with pytest.raises(ValueError, match="this model does not know places"):
+        NoiseEncoder(NOISE_ENCODERS[2])(prev_image, image, torch.zeros(4, 2))
 
 
 # Places
@@ -724,6 +1011,40 @@ def test_a_config_that_describes_no_model_is_refused(fields: dict[str, Any], mes
             DiscriminatorConfig(**fields)
 
 
+@pytest.mark.parametrize("config_class", [GeneratorConfig, DiscriminatorConfig, NoiseEncoderConfig])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"window": 40}, r"window is a square around a place: it needs places=True, got window=40, places=False"),
+        ({"window": 36, "places": True}, "multiple of 8 from 16 to image_size, which is 64, got 36"),
+        ({"window": 72, "places": True}, "from 16 to image_size, which is 64, got 72"),
+        ({"window": 64, "places": True, "image_size": 32}, "from 16 to image_size, which is 32, got 64"),
+        ({"window": 8, "places": True}, "from 16 to .* got 8"),
+        ({"window": 0, "places": True}, "from 16 to .* got 0"),
+        ({"window": -40, "places": True}, "from 16 to .* got -40"),
+        ({"window": 40.0, "places": True}, r"from 16 to .* got 40\.0"),
+        ({"window": True, "places": True}, "from 16 to .* got True"),
+    ],
+)
+def test_a_window_that_cannot_be_is_refused(config_class: type, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_class(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_size": 48}, r"image_size must be one of \(32, 64, 128\), got 48"),
+        ({"width": 0}, "width must be a whole number of at least 1, got 0"),
+        ({"z_dim": 0}, "z_dim must be a whole number of at least 1, got 0"),
+        ({"z_dim": 2.0}, r"z_dim must be a whole number of at least 1, got 2\.0"),
+    ],
+)
+def test_a_config_of_no_noise_encoder_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NoiseEncoderConfig(**fields)
+
+
 def test_a_vocabulary_with_repeats_is_refused() -> None:
     with pytest.raises(ValueError, match="non-empty and unique"):
         IterativeGenerator(GeneratorConfig(width=4, objects=("a", "a")))
@@ -739,8 +1060,10 @@ def test_configs_are_frozen_and_compare_by_value() -> None:
 
 def test_the_defaults_agree_between_the_networks() -> None:
     generator, discriminator = GeneratorConfig(), DiscriminatorConfig()
-    for name in ("image_size", "width", "condition_dim", "objects", "places"):
+    for name in ("image_size", "width", "condition_dim", "objects", "places", "window"):
         assert getattr(generator, name) == getattr(discriminator, name), name
+    for name in ("image_size", "z_dim", "places", "window"):
+        assert getattr(generator, name) == getattr(NoiseEncoderConfig(), name), name
 
 
 # Copies

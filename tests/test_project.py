@@ -26,13 +26,15 @@ PACKAGE = ROOT / "condgan"
 
 # Imports go one way: a module uses only modules of the groups above its own.
 GROUPS = (
-    ("vocab", "layers", "losses", "hub", "images"),
+    ("vocab", "layers", "losses", "hub", "images", "flow"),
     ("functional", "canvas", "requests"),
-    ("classifier",),
+    ("classifier", "counter"),
     ("results",),
     ("drawing",),
     ("models",),
-    ("datasets", "metrics"),
+    ("datasets", "metrics", "layout"),
+    ("realism", "scenes", "report", "features"),
+    ("measures",),
     ("prepare", "training", "evaluation"),
     ("runs",),
     ("cli",),

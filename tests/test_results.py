@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import COMPACT, SCENES, gradient_picture, lively_generator
+from tiny import COMPACT, SCENES, differ, gradient_picture, lively_generator
 from torch import Tensor
 
-from condgan import Drawing, IterativeGenerator, results
+from condgan import Drawing, IterativeGenerator, drawing, results
 from condgan.classifier import SceneClassifierConfig
-from condgan.drawing import CANDIDATE_STRIDE
+from condgan.drawing import CANDIDATE_STRIDE, draw_turns, random_source
+from condgan.functional import encode_objects, roll_conditions
 from condgan.images import load_image, to_pil, to_uint8
 from condgan.results import Found
 
@@ -219,6 +220,7 @@ def test_best_of_keeps_what_the_verifier_likes_best(compact: IterativeGenerator,
         assert torch.equal(result.trajectory[i, : len(scene) + 1], candidates[best].trajectory[0])
         assert candidates[best].places == [result.places[i]]
     assert chosen != {0}, "the first candidates are not always the best here"
+    assert (result.draws, result.passes) == ([[4], [4, 4], [4, 4, 4]], [4, 8, 12])
 
 
 def test_best_of_is_the_same_alone_and_in_a_batch(compact: IterativeGenerator, verifier: StubVerifier) -> None:
@@ -248,6 +250,157 @@ def test_best_of_add_asks_for_what_was_there_before_too(compact: IterativeGenera
     assert result.seeds == [8 + int(np.argmax(scores)) * CANDIDATE_STRIDE]
 
 
+# Turns that failed
+
+
+def candidates_of_a_turn(
+    generator: IterativeGenerator, scene: list[str], turn: int, image: Tensor, seed: int, count: int
+) -> list[tuple[Tensor, Tensor]]:
+    """The plain version: pictures and places of a turn with the random numbers that the pictures of seed, seed + 2**32
+    and so on have for it."""
+    condition = roll_conditions(generator.encoder, encode_objects([scene]))[0][:, turn]
+    found = []
+    for k in range(count):
+        rng = random_source(seed + k * CANDIDATE_STRIDE)
+        torch.randn(generator.config.light_components, generator=rng)
+        torch.randn(3, 64, 64, generator=rng)
+        for _ in range(turn + 1):
+            uniform, z = torch.rand(3, generator=rng), torch.randn(generator.z_dim, generator=rng)
+        assert generator.place_model is not None
+        place = generator.place_model.sample(image[None], condition, uniform[None])
+        found.append((generator(z[None], condition, image[None], place)[0], place[0]))
+    return found
+
+
+def find_half_of_the_turns_good(
+    monkeypatch: pytest.MonkeyPatch, generator: IterativeGenerator, scenes: list[list[str]], seed: int
+) -> float:
+    """Set the threshold so that the stub finds about half of the candidates good, and return it."""
+    scores: list[Tensor] = []
+
+    def note(images: Tensor, target: Tensor) -> Tensor:
+        found = results.exact_probability(images, target)
+        scores.append(found.clone())
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drawing, "exact_probability", note)
+        patch.setattr(drawing, "GOOD_TURN", 2.0)
+        generator.generate(scenes, seed=seed, num_images=2, best_of=2, redraw="turn")
+    between = torch.cat(scores).quantile(0.5).item()  # an even number of scores: none is on the threshold
+    monkeypatch.setattr(drawing, "GOOD_TURN", between)
+    return between
+
+
+@torch.no_grad()
+def test_a_turn_is_drawn_until_it_is_good_and_goes_on_from_the_best(
+    compact: IterativeGenerator, verifier: StubVerifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = [["red cube", "blue sphere", "gray cube"], ["cyan cube"], ["green cylinder", "gray sphere"]]
+    good = find_half_of_the_turns_good(monkeypatch, compact, scenes, 40)
+    result = compact.generate(scenes, seed=40, num_images=2, best_of=4, redraw="turn")
+    assert result.seeds == [*range(40, 46)]
+    assert result.scores is not None and result.places is not None and result.draws is not None
+    for i, scene in enumerate(result.conditions):
+        image = result.trajectory[i, 0]
+        assert torch.equal(image, draw_turns(compact, [scene], [40 + i]).images[0, 0])
+        for turn in range(len(scene)):
+            candidates = candidates_of_a_turn(compact, scene, turn, image, 40 + i, 4)
+            asked = set(scene[: turn + 1])
+            scores = [exact_probability(verifier, candidate, asked) for candidate, _ in candidates]
+            first_good = next((k for k, score in enumerate(scores) if score >= good), None)
+            best = int(np.argmax(scores)) if first_good is None else first_good
+            assert result.draws[i][turn] == (4 if first_good is None else first_good + 1)
+            image, place = result.trajectory[i, turn + 1], result.places[i][turn]
+            torch.testing.assert_close(image, candidates[best][0], rtol=0, atol=1e-5)
+            assert place == pytest.approx(candidates[best][1].tolist(), abs=1e-4)
+        assert result.scores[i] == pytest.approx(scores[best], rel=1e-3)
+        assert torch.equal(result.tensor[i], image), "a short scene keeps its last picture"
+    assert {1, 4} < {n for draws in result.draws for n in draws}, "good at once, never good, and between"
+    assert result.passes == [sum(draws) for draws in result.draws]
+
+
+def test_only_the_turn_that_failed_is_drawn_again(
+    generator: IterativeGenerator, verifier: StubVerifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene, answers = ["red cube", "blue sphere", "gray cube"], [0.95, 0.2, 0.5, 0.9, 0.99]
+    wanted = [scene[:1], scene[:2], scene[:2], scene[:2], scene]
+
+    def answer(images: Tensor, target: Tensor) -> Tensor:
+        assert target[0].nonzero().flatten().tolist() == sorted(map(verifier.config.objects.index, wanted.pop(0)))
+        return torch.tensor([answers.pop(0)], dtype=torch.float64)
+
+    monkeypatch.setattr(drawing, "exact_probability", answer)
+    plain = generator.generate(scene, seed=5)
+    result = generator.generate(scene, seed=5, best_of=8, redraw="turn")
+    assert torch.equal(result.trajectory[0, :2], plain.trajectory[0, :2])
+    assert differ(result.trajectory[0, 2], plain.trajectory[0, 2])
+    assert differ(result.trajectory[0, 3], plain.trajectory[0, 3]), "it was drawn on another picture"
+    assert (result.draws, result.passes, result.scores) == ([[1, 3, 1]], [5], [0.99])
+    assert (plain.draws, plain.passes, plain.scores) == ([[1, 1, 1]], [3], None)
+    if plain.places is not None and result.places is not None:
+        assert [a == b for a, b in zip(plain.places[0], result.places[0], strict=True)][:2] == [True, False]
+
+
+def test_a_scene_without_failed_turns_is_the_usual_one(
+    generator: IterativeGenerator, verifier: StubVerifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "GOOD_TURN", 0.0)
+    plain = generator.generate(SCENES, seed=5)
+    result = generator.generate(SCENES, seed=5, best_of=8, redraw="turn")
+    assert torch.equal(result.trajectory, plain.trajectory)
+    assert (result.seeds, result.places, result.draws) == (plain.seeds, plain.places, plain.draws)
+
+
+def test_redrawn_turns_are_the_same_alone_in_a_batch_and_from_a_file(
+    compact: IterativeGenerator, verifier: StubVerifier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find_half_of_the_turns_good(monkeypatch, compact, SCENES[:3], 60)
+    at = [None, [None, (20, 21)], None]
+    batch = compact.generate(SCENES[:3], seed=60, at=at, best_of=3, redraw="turn")
+    for i, scene in enumerate(SCENES[:3]):
+        alone = compact.generate(scene, seed=60 + i, at=at[i], best_of=3, redraw="turn")
+        assert torch.equal(alone.trajectory[0], batch.trajectory[i, : len(scene) + 1])
+        assert batch.scores is not None and batch.draws is not None and batch.places is not None
+        assert (alone.scores, alone.draws) == ([batch.scores[i]], [batch.draws[i]])
+        assert alone.places == [batch.places[i]]
+        with Image.open(alone.save(tmp_path / "scene.png")[0]) as saved:
+            told = json.loads(saved.text["condgan"])
+        del told["places"]  # of the turns that were kept
+        again = compact.generate(told.pop("conditions"), **told)
+        assert torch.equal(again.tensor, alone.tensor)
+    assert max(n for draws in batch.draws or [] for n in draws) > 1
+
+
+def test_redrawn_turns_of_a_batch_on_a_gpu_are_those_that_come_one_by_one(
+    compact: IterativeGenerator, verifier: StubVerifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_half_of_the_turns_good(monkeypatch, compact, SCENES, 60)
+    wanted = compact.generate(SCENES, seed=60, best_of=3, redraw="turn")
+    monkeypatch.setattr(drawing, "CPU_BATCH", 4)
+    batched = compact.generate(SCENES, seed=60, best_of=3, redraw="turn")
+    torch.testing.assert_close(batched.trajectory, wanted.trajectory, rtol=0, atol=1e-4)
+    assert batched.draws == wanted.draws
+    assert batched.scores == pytest.approx(wanted.scores, rel=1e-2)
+
+
+def test_turns_on_a_given_picture_are_asked_for_what_was_there_before_too(
+    compact: IterativeGenerator, verifier: StubVerifier
+) -> None:
+    picture = gradient_picture((64, 64))
+    seen = verifier.probabilities(load_image(picture, 64)[None])[0] > 0.5
+    before = {name for name, there in zip(verifier.config.objects, seen.tolist(), strict=True) if there}
+    result = compact.add(picture, ["red cube", "blue sphere"], seed=8, best_of=3, redraw="turn")
+    score = exact_probability(verifier, result.tensor[0], before | {"red cube", "blue sphere"})
+    assert result.scores == pytest.approx([score], rel=1e-3)
+    assert result.draws == [[3, 3]]
+
+
+def test_what_is_drawn_again_is_a_picture_or_a_turn(compact: IterativeGenerator) -> None:
+    with pytest.raises(ValueError, match="redraw must be 'picture' or 'turn', got 'turns'"):
+        compact.generate("red cube", best_of=2, redraw="turns")  # type: ignore[arg-type]
+
+
 def test_verify_says_of_each_asked_object_whether_it_was_found(
     compact: IterativeGenerator, verifier: StubVerifier
 ) -> None:
@@ -266,7 +419,7 @@ def test_verify_says_of_each_asked_object_whether_it_was_found(
 
 
 def test_the_verifier_sees_every_model_in_its_own_size(verifier: StubVerifier) -> None:
-    small = lively_generator(replace(COMPACT, image_size=32))
+    small = lively_generator(replace(COMPACT, image_size=32, window=32))
     result = small.generate("red cube", seed=1, best_of=2)
     assert result.tensor.shape == (1, 3, 32, 32)
     result.verify()
@@ -274,7 +427,7 @@ def test_the_verifier_sees_every_model_in_its_own_size(verifier: StubVerifier) -
 
 
 def test_objects_that_the_verifier_does_not_know_are_named(verifier: StubVerifier) -> None:
-    other = lively_generator(replace(COMPACT, image_size=32, objects=("green tree", "red cube")))
+    other = lively_generator(replace(COMPACT, image_size=32, window=32, objects=("green tree", "red cube")))
     for ask in (lambda: other.generate("green tree", best_of=2), other.generate("green tree").verify):
         with pytest.raises(ValueError, match=r"the bundled verifier, which knows i-CLEVR's .* 'green tree'"):
             ask()

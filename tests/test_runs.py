@@ -17,7 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import RUN
 
-from condgan import IterativeGenerator
+from condgan import IterativeGenerator, training
+from condgan.datasets import SceneDataset
+from condgan.models import NoiseEncoder
 from condgan.runs import CHECKPOINT, RunLog, train
 from condgan.training import PRESETS, Trainer, TrainingDiverged
 
@@ -26,6 +28,13 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / CHECKPOINT)
 
 
+@pytest.fixture
+def no_recalibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is slow, and of the exported copy only."""
+    monkeypatch.setattr(training, "recalibrate", lambda generator, objects: None)
+
+
+@pytest.mark.usefixtures("no_recalibration")
 def test_a_killed_run_goes_on_to_the_very_same_numbers(data: Path, tmp_path: Path) -> None:
     """kill -9 in the middle, resume, compare bit for bit with a run that nobody disturbed."""
     config = dataclasses.replace(RUN, images=540, reconstruction_images=180)
@@ -57,20 +66,22 @@ def test_a_killed_run_goes_on_to_the_very_same_numbers(data: Path, tmp_path: Pat
 
     killed, whole = tensors(tmp_path / "killed"), tensors(tmp_path / "whole")
     assert killed.keys() == whole.keys()
+    assert {"noise_encoder.linear.weight", "noise_encoder.norm.running_var"} <= whole.keys()
     assert [name for name in whole if not torch.equal(killed[name], whole[name])] == []
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed/log.jsonl").read_text().splitlines()]
     assert steps == [20, 40, 60]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("no_recalibration")
 def test_a_stopped_run_finishes_its_step_first(
     number: signal.Signals, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     optimize = Trainer._optimize
 
-    def stop_in_the_middle(trainer: Trainer, loss: torch.Tensor, *names: str) -> None:
-        optimize(trainer, loss, *names)
-        if trainer.step == 5:  # of the adversarial stage, between the discriminator's update and the generator's
+    def stop_in_the_middle(trainer: Trainer, losses: dict[tuple[str, ...], torch.Tensor]) -> None:
+        optimize(trainer, losses)
+        if trainer.step == 5:  # of the adversarial stage, before the averaged weights and the counters hear of it
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
@@ -86,6 +97,7 @@ def test_a_stopped_run_finishes_its_step_first(
     assert [name for name in whole if not torch.equal(stopped[name], whole[name])] == []
 
 
+@pytest.mark.usefixtures("no_recalibration")
 def test_a_run_can_be_lengthened_but_not_changed(data: Path, tmp_path: Path) -> None:
     short = dataclasses.replace(RUN, images=18)
     train(data, tmp_path, short, device="cpu", progress=False)
@@ -105,8 +117,26 @@ def test_a_run_leaves_a_model_a_log_and_pictures(data: Path, tmp_path: Path) -> 
     assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), generator.buffers(), strict=True))
     drawn = generator.generate(scene, seed=1).tensor  # in channels_last, hence not the very same bits
     torch.testing.assert_close(loaded.generate(scene, seed=1).tensor, drawn, rtol=0, atol=1e-5)
+    encoder, stored = NoiseEncoder.from_pretrained(tmp_path / "noise-encoder"), tensors(tmp_path)
+    assert encoder.config == RUN.noise_encoder
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, stored[f"noise_encoder.{name}"]), name
+    assert encoder.norm.num_batches_tracked == 8  # both stages train it
     assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["000000072.png"]
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.usefixtures("no_recalibration")
+def test_a_run_takes_a_data_set_as_it_takes_its_file(data: Path, tmp_path: Path) -> None:
+    short = dataclasses.replace(RUN, images=9)
+    scenes = SceneDataset(data, "train")
+    left_out = scenes.vocabulary.names[int(scenes.objects[0, 0])]
+    sources = {"file": data, "scenes": scenes, "fewer": scenes.without([left_out])}
+    for name, source in sources.items():
+        train(source, tmp_path / name, short, device="cpu", progress=False)
+    file, same, fewer = (tensors(tmp_path / name) for name in sources)
+    assert all(torch.equal(file[name], same[name]) for name in file)
+    assert not torch.equal(file["generator.l0.weight"], fewer["generator.l0.weight"])
 
 
 def test_a_diverged_run_names_its_last_good_checkpoint(
@@ -126,7 +156,8 @@ def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut_back(tmp_path: Path) -> N
 
 
 def test_data_of_another_size_is_refused(data: Path, tmp_path: Path) -> None:
-    large = dataclasses.replace(RUN, generator=dataclasses.replace(RUN.generator, image_size=128))
+    generator, discriminator = (dataclasses.replace(c, image_size=128) for c in (RUN.generator, RUN.discriminator))
+    large = dataclasses.replace(RUN, generator=generator, discriminator=discriminator)
     with pytest.raises(ValueError, match=r"condgan prepare DATA_DIR --image-size 128"):
         train(data, tmp_path, large, device="cpu", progress=False)
 
@@ -139,6 +170,36 @@ def test_a_damaged_checkpoint_or_a_file_for_a_folder_says_what_to_do(data: Path,
         train(data, tmp_path / CHECKPOINT, RUN, device="cpu", progress=False)
 
 
+@pytest.mark.usefixtures("no_recalibration")
+def test_a_run_that_reconstructs_nothing_has_no_noise_encoder(data: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(RUN, images=9, reconstruction_images=0, reconstruction_weight=0.0)
+    assert config.noise_encoder is None
+    train(data, tmp_path / "run", config, device="cpu", progress=False)
+    assert not (tmp_path / "run/noise-encoder").exists()
+    assert not [name for name in tensors(tmp_path / "run") if "noise_encoder" in name]
+    with pytest.raises(ValueError, match="init_noise_encoder: 'some/where' was given, but this run reconstructs noth"):
+        train(data, tmp_path / "other", dataclasses.replace(config, init_noise_encoder="some/where"), progress=False)
+
+
+@pytest.mark.parametrize(("reconstruction_images", "reconstruction_weight"), [(18, 0.0), (0, 1.0)])
+@pytest.mark.usefixtures("no_recalibration")
+def test_a_run_that_reconstructs_in_one_stage_only_trains_its_noise_encoder_in_it(
+    data: Path, tmp_path: Path, reconstruction_images: int, reconstruction_weight: float
+) -> None:
+    config = dataclasses.replace(
+        RUN, images=36, reconstruction_images=reconstruction_images, reconstruction_weight=reconstruction_weight
+    )
+    assert config.noise_encoder is not None
+    for name in ("image_size", "z_dim", "places", "window"):
+        assert getattr(config.noise_encoder, name) == getattr(config.generator, name)
+    train(data, tmp_path, config, device="cpu", progress=False)
+    encoder = NoiseEncoder.from_pretrained(tmp_path / "noise-encoder")
+    assert encoder.norm.num_batches_tracked == (4 if reconstruction_weight else 2)
+    steps = {name: value for name, value in tensors(tmp_path).items() if name.endswith(".step")}
+    assert {name.split(".")[1] for name in steps} >= {"generator", "encoder", "discriminator"}
+
+
+@pytest.mark.usefixtures("no_recalibration")
 def test_a_run_can_start_from_trained_networks(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "first", dataclasses.replace(RUN, images=18), device="cpu", progress=False)
     config = dataclasses.replace(
@@ -147,9 +208,17 @@ def test_a_run_can_start_from_trained_networks(data: Path, tmp_path: Path) -> No
         lr_reconstruction=0.0,
         init_generator=str(tmp_path / "first/model"),
         init_discriminator=str(tmp_path / "first/discriminator"),
+        init_noise_encoder=str(tmp_path / "first/noise-encoder"),
     )
     train(data, tmp_path / "second", config, device="cpu", progress=False)
     first, second = (IterativeGenerator.from_pretrained(tmp_path / run / "model") for run in ("first", "second"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    encoders = [NoiseEncoder.from_pretrained(tmp_path / run / "noise-encoder") for run in ("first", "second")]
+    assert all(torch.equal(a, b) for a, b in zip(*(e.parameters() for e in encoders), strict=True))
+    assert [int(encoder.norm.num_batches_tracked) for encoder in encoders] == [2, 3]
+    longer = dataclasses.replace(RUN.generator, z_dim=5)
+    other = dataclasses.replace(RUN, generator=longer, init_noise_encoder=config.init_noise_encoder)
+    with pytest.raises(ValueError, match=r"init_noise_encoder: .* has the configuration .*z_dim=4.* the run .*z_dim=5"):
+        train(data, tmp_path / "third", other, device="cpu", progress=False)
     with pytest.raises(ValueError, match=r"init_generator: .* has the configuration"):
         train(data, tmp_path / "third", dataclasses.replace(PRESETS["compact"], init_generator=config.init_generator))

@@ -11,7 +11,7 @@ from tiny import RUN
 
 from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator
 from condgan.datasets import SceneDataset
-from condgan.models import DiffDiscriminator
+from condgan.models import DiffDiscriminator, NoiseEncoder
 from condgan.training import (
     MAX_SKIPPED_IN_A_ROW,
     PRESETS,
@@ -19,6 +19,7 @@ from condgan.training import (
     Trainer,
     TrainingDiverged,
     TrainingScenes,
+    _rounded,
     recalibrate,
 )
 
@@ -26,7 +27,9 @@ from condgan.training import (
 def make_trainer(data: Path, config: TrainConfig = RUN) -> Trainer:
     torch.manual_seed(config.seed)
     generator, discriminator = IterativeGenerator(config.generator), DiffDiscriminator(config.discriminator)
-    return Trainer(config, TrainingScenes(SceneDataset(data, "train"), generator), generator, discriminator)
+    noise_encoder = None if config.noise_encoder is None else NoiseEncoder(config.noise_encoder)
+    scenes = TrainingScenes(SceneDataset(data, "train"), generator)
+    return Trainer(config, scenes, generator, discriminator, noise_encoder)
 
 
 def test_the_stages_train_what_they_say(data: Path) -> None:
@@ -38,44 +41,86 @@ def test_the_stages_train_what_they_say(data: Path) -> None:
         trainer.train_step()
     generator = {name: p.clone() for name, p in trainer.generator.named_parameters()}
     losses = trainer.train_step()
-    assert {"discriminator", "generator", "penalty", "preservation", "place"} <= losses.keys()
+    assert {"discriminator", "generator", "penalty", "reconstruction", "place"} <= losses.keys()
     assert not any(torch.equal(p, before[name]) for name, p in trainer.discriminator.named_parameters() if p.ndim > 1)
     assert not any(torch.equal(p, generator[name]) for name, p in trainer.generator.named_parameters() if p.ndim > 1)
     assert all(p.requires_grad for p in trainer.discriminator.parameters())
 
 
 def test_reconstruction_gets_nearer_to_the_real_pictures(data: Path) -> None:
-    trainer = make_trainer(data, dataclasses.replace(RUN, reconstruction_images=10_000, lr_reconstruction=4e-3))
+    trainer = make_trainer(data, dataclasses.replace(RUN, reconstruction_images=10_000, lr_reconstruction=1e-2))
     batch = trainer.scenes.batch(0, 8, seed=0)
 
     @torch.no_grad()
     def error() -> float:
         conditions = trainer._conditions(batch.objects)
-        fake = trainer.generator(trainer._noise(batch, "z"), conditions, batch.prev_images, batch.places)
+        fake = trainer.generator(trainer._found_noise(batch), conditions, batch.prev_images, batch.places)
         return float(trainer._reconstruction_errors(fake, batch).mean())
 
     before = error()
-    for _ in range(60):
+    for _ in range(160):
         trainer.train_step()
     assert error() < 0.9 * before
 
 
-def test_the_nearest_of_several_draws_is_taken(data: Path) -> None:
-    trainer = make_trainer(data, dataclasses.replace(RUN, candidates=5))
-    for parameter in trainer.generator.parameters():  # a generator that uses its noise
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    trainer.generator.eval()
-    batch = trainer.scenes.batch(0, 3, 0)
-    conditions = trainer._conditions(batch.objects).detach()
+def test_found_noise_keeps_a_little_room_and_unit_variance(data: Path) -> None:
+    trainer = make_trainer(data)
+    batch = trainer.scenes.batch(0, 4, 0)
+    assert trainer.noise_encoder is not None
+    with torch.no_grad():
+        trainer.noise_encoder.linear.weight *= 1000  # a fresh one hardly sees a difference between pictures
+        found = trainer.noise_encoder(batch.prev_images, batch.images, batch.places)
+        noise = trainer._found_noise(batch)
+    torch.testing.assert_close(found.var(0, unbiased=False), torch.ones(found.shape[1]), rtol=1e-2, atol=0)
+    assert (noise - found).std() == pytest.approx(0.15, rel=0.3)
+    assert (noise * found).mean(0).min() > 0.9
 
-    def error(z: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            fake = trainer.generator(z, conditions, batch.prev_images, batch.places)
-        return trainer._reconstruction_errors(fake, batch)
 
-    candidates = torch.stack([error(trainer._noise(batch, f"candidate {i}")) for i in range(5)])
-    assert candidates.std(0).min() > 0
-    torch.testing.assert_close(error(trainer._nearest_noise(batch, conditions)), candidates.amin(0))
+def test_half_of_the_pictures_are_drawn_from_the_noise_that_was_found(data: Path) -> None:
+    trainer = make_trainer(data)
+    trainer.images = RUN.reconstruction_images
+    seen: list[torch.Tensor] = []
+    hook = trainer.generator.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for _ in range(20):
+        trainer.step += 1
+        trainer._adversarial_step(trainer.scenes.batch(trainer.step, 3, 0))
+    hook.remove()
+    random = []
+    for trainer.step in range(1, 21):
+        random.append(trainer._noise(trainer.scenes.batch(0, 3, 0), "z"))
+    share = (torch.stack(seen) == torch.stack(random)).all(2).float().mean()
+    assert 0.35 < share < 0.65
+
+
+def test_the_discriminator_sees_rounded_pictures_and_the_gradient_passes() -> None:
+    images = torch.linspace(-1, 1, 24).view(2, 3, 2, 2).requires_grad_()
+    rounded = _rounded(images)
+    levels = (rounded.detach() + 1) * 127.5
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    assert (rounded - images).abs().max() <= 0.5 / 127.5 + 1e-6
+    rounded.sum().backward()
+    assert images.grad is not None
+    assert (images.grad == 1).all()
+
+
+def test_without_history_every_turn_is_read_as_a_first_one(data: Path) -> None:
+    trainer = make_trainer(data, dataclasses.replace(RUN, history_dropout=1.0))
+    objects = trainer.scenes.batch(0, 3, 0).objects
+    conditions = trainer._conditions(objects)
+    for turn in range(3):
+        first = trainer.generator.encoder(objects[:, turn])[0]
+        torch.testing.assert_close(conditions.unflatten(0, (3, 3))[:, turn], first)
+    rolled = make_trainer(data, dataclasses.replace(RUN, history_dropout=0.0))._conditions(objects)
+    assert not torch.allclose(rolled, conditions)
+
+
+def test_learning_rates_fall_to_a_tenth_at_the_end(data: Path) -> None:
+    trainer = make_trainer(data, dataclasses.replace(RUN, images=1000, decay_images=400))
+    rates = []
+    for trainer.images in (0, 600, 800, 1000):
+        trainer._set_learning_rates()
+        rates.append(trainer.optimizers["generator"].param_groups[0]["lr"] / RUN.lr_generator)
+    assert rates == pytest.approx([1, 1, 0.55, 0.1])
 
 
 def test_changed_pixels_weigh_more(data: Path) -> None:
@@ -83,8 +128,11 @@ def test_changed_pixels_weigh_more(data: Path) -> None:
     batch = trainer.scenes.batch(0, 3, 0)
     changed = (batch.images - batch.prev_images).abs().amax(1, keepdim=True) > 50 / 255
     off = batch.images + 0.1 * changed
-    share = changed.float().mean((1, 2, 3))
-    torch.testing.assert_close(trainer._reconstruction_errors(off, batch), 5 * 0.1 * share)
+    weight = 1 + 4 * changed.float()
+    edges = (weight[..., 1:] * changed.float().diff(dim=3).abs()).sum((1, 2, 3))
+    edges = edges + (weight[:, :, 1:] * changed.float().diff(dim=2).abs()).sum((1, 2, 3))
+    expected = 0.1 * (5 * changed.float().sum((1, 2, 3)) + edges) / 32**2  # of the window
+    torch.testing.assert_close(trainer._reconstruction_errors(off, batch), expected)
 
 
 def test_every_epoch_is_a_permutation_and_the_places_are_where_things_changed(data: Path) -> None:
@@ -127,7 +175,8 @@ def test_own_pictures_keep_what_the_turn_adds(data: Path) -> None:
     torch.testing.assert_close(mixed.prev_images[first], batch.prev_images[first])  # an empty scene is nobody's drawing
     assert not torch.equal(mixed.prev_images[1], batch.prev_images[1])
     changed = (batch.images - batch.prev_images).abs().amax(1, keepdim=True) > 50 / 255
-    torch.testing.assert_close(mixed.images, torch.where(changed, batch.images, mixed.prev_images), rtol=0, atol=0)
+    kept = (mixed.prev_images + batch.images - batch.prev_images).clamp(-1, 1)  # and what it shades
+    torch.testing.assert_close(mixed.images, torch.where(changed, batch.images, kept), rtol=0, atol=0)
 
 
 def test_the_average_has_the_half_life_it_says(data: Path) -> None:
@@ -167,8 +216,10 @@ def test_configurations_that_cannot_work_are_refused() -> None:
         dataclasses.replace(RUN, discriminator=DiscriminatorConfig())
     with pytest.raises(ValueError, match="penalty_interval must be at least 1, got 0"):
         dataclasses.replace(RUN, penalty_interval=0)
-    with pytest.raises(ValueError, match="judges crops around places"):
+    with pytest.raises(ValueError, match="agree on image_size, got 64 and 32"):
         TrainConfig(discriminator=DiscriminatorConfig(image_size=32))
+    with pytest.raises(ValueError, match="agree on window, got 32 and 40"):
+        dataclasses.replace(RUN, discriminator=dataclasses.replace(RUN.discriminator, window=40))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -11,7 +11,7 @@ from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator
 from condgan.training import TrainConfig
 
 COMPACT = GeneratorConfig(
-    width=4, z_dim=6, condition_dim=12, output="blend", places=True, noise_in_norm=True, light_components=3
+    width=4, z_dim=6, condition_dim=12, output="blend", places=True, window=40, noise_in_norm=True, light_components=3
 )
 REFERENCE = GeneratorConfig(width=4, z_dim=6, condition_dim=12)
 SCENES = [
@@ -25,17 +25,24 @@ SCENES = [
 ]
 RUN = TrainConfig(
     generator=GeneratorConfig(
-        width=4, z_dim=4, condition_dim=8, output="blend", places=True, noise_in_norm=True, light_components=2
+        width=4,
+        z_dim=4,
+        condition_dim=8,
+        output="blend",
+        places=True,
+        window=32,
+        noise_in_norm=True,
+        light_components=2,
     ),
-    discriminator=DiscriminatorConfig(image_size=32, width=4, condition_dim=8, places=True, spectral_norm=False),
+    discriminator=DiscriminatorConfig(width=4, condition_dim=8, places=True, window=32, spectral_norm=False),
     objective="relativistic",
     images=72,
     reconstruction_images=36,
     batch_scenes=3,
-    candidates=2,
     penalty_interval=2,
     own_pictures=1.0,
-    preservation_weight=1.0,
+    history_dropout=0.3,
+    reconstruction_weight=1.0,
     bf16=False,
 )
 
@@ -56,7 +63,10 @@ def lively_generator(config: GeneratorConfig, seed: int = 0) -> IterativeGenerat
         nn.init.zeros_(generator.conv.bias)  # half of each new picture is drawn, half of it is the previous one
         generator.canvas.mean += 0.3 * torch.randn_like(generator.canvas.mean)
         generator.canvas.components += 0.1 * torch.randn_like(generator.canvas.components)
-        generator.canvas.grain_std += 0.05
+        generator.canvas.grain_mix += 0.05 * torch.eye(3)[:, :, None, None]
+        if generator.canvas.flow is not None:
+            for buffer in generator.canvas.flow.buffers():
+                buffer += 0.1 * torch.randn_like(buffer)
     return generator
 
 

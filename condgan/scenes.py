@@ -1,0 +1,146 @@
+"""The scenes that an evaluation looks at: drawn as users would get them, and real ones that nobody learned from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from condgan.datasets import SceneDataset, Split, packed_path
+from condgan.drawing import Redraw, SceneModel, best_pictures, best_turns, draw_turns
+from condgan.functional import encode_objects, place_of_change
+from condgan.images import from_uint8, to_uint8
+from condgan.requests import Place, parse_scenes
+from condgan.vocab import Vocabulary
+
+
+class Scenes(NamedTuple):
+    """S scenes of up to T turns, drawn or real."""
+
+    pictures: Tensor
+    """(S, T + 1, 3, H, W) uint8: the empty scene, then the picture after each turn; short scenes repeat theirs."""
+    objects: Tensor
+    """(S, T, K) 0 or 1: what each turn added; zero rows after a scene's last turn."""
+
+    @property
+    def present(self) -> Tensor:
+        """(S, T) bool: which turns there are."""
+        return self.objects.any(2)
+
+    @property
+    def asked(self) -> Tensor:
+        """(S, T, K) 0 or 1: all objects that are to be in the picture after each turn."""
+        return self.objects.cummax(1).values
+
+    @property
+    def final(self) -> Tensor:
+        """(S, 3, H, W) uint8: the last picture of each."""
+        return self.pictures[:, -1]
+
+
+@dataclass(frozen=True)
+class SceneDrawer:
+    """Draws scenes in batches, as users would get them."""
+
+    generator: SceneModel
+    vocabulary: Vocabulary
+    """In which the objects of the scenes are given: the judge's."""
+    best_of: int
+    redraw: Redraw
+    batch_size: int
+    progress: bool
+
+    def draw(
+        self,
+        lists: Sequence[Sequence[str]],
+        seeds: Sequence[int],
+        places: Sequence[Sequence[Place | None]] | None = None,
+    ) -> tuple[Scenes, float]:
+        """One scene for each list and seed, and the passes of the generator for a picture, on average."""
+        from tqdm import tqdm
+
+        objects = encode_objects(lists, self.vocabulary)
+        pictures, passes = [], 0
+        with tqdm(total=len(seeds), desc="drawing", unit="picture", file=sys.stderr, disable=not self.progress) as bar:
+            for low in range(0, len(seeds), self.batch_size):
+                part = slice(low, low + self.batch_size)
+                images, draws = self._draw(lists[part], list(seeds[part]), None if places is None else places[part])
+                missing = objects.shape[1] + 1 - images.shape[1]
+                pictures.append(to_uint8(torch.cat([images, *[images[:, -1:]] * missing], 1)))
+                passes += sum(map(sum, draws))
+                bar.update(len(images))
+        return Scenes(torch.cat(pictures), objects), passes / len(seeds)
+
+    def _draw(
+        self, lists: Sequence[Sequence[str]], seeds: list[int], places: Sequence[Sequence[Place | None]] | None
+    ) -> tuple[Tensor, list[list[int]]]:
+        """The pictures of one batch (N, T + 1, 3, H, W), and how often each turn was drawn."""
+        if self.best_of == 1:
+            turns = draw_turns(self.generator, lists, seeds, places=places)
+            return turns.images, [[1] * len(names) for names in lists]
+        draw_best = best_pictures if self.redraw == "picture" else best_turns
+        best = draw_best(self.generator, lists, seeds, self.best_of, places=places)
+        return best.images, best.draws
+
+
+@dataclass(frozen=True)
+class RealScenes:
+    """Real scenes that no model was trained on."""
+
+    test: Scenes
+    validation: Scenes
+    lists: list[list[str]]
+    """The objects of each test scene in the order of its turns."""
+    places: Tensor
+    """(S, T, 2) where they are in the test scenes, in pixels."""
+    training: Tensor
+    """(R, T, 3, H, W) uint8: the pictures of the train split, which generators learned from; R may be 0."""
+
+
+def read_real(data: str | Path, generator: SceneModel, vocabulary: Vocabulary) -> RealScenes:
+    """Read the real scenes that a generator is held against.
+
+    What a first turn changed is seen against the empty scene that the generator's canvas makes of its picture.
+
+    Args:
+        data: packed file of ``condgan prepare``, or the folder with it.
+        generator: which says the size of the pictures and knows the names of all objects.
+        vocabulary: in which the objects are given.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has pictures of another size, an unknown object, or no scene of the test or validation split.
+    """
+    path = packed_path(data, generator.image_size) if Path(data).is_dir() else Path(data)
+    if not path.is_file():
+        raise FileNotFoundError(f"data: there is no file {str(path)!r}; `condgan prepare` writes it")
+
+    def read(split: Split) -> tuple[Scenes, list[list[str]]]:
+        dataset = SceneDataset(path, split)
+        if dataset.pixels.shape[-1] != generator.image_size:
+            raise ValueError(
+                f"data: {str(path)!r} has pictures of {dataset.pixels.shape[-1]} pixels, but the generator draws "
+                f"{generator.image_size}; prepare the data in its size"
+            )
+        if not len(dataset):
+            raise ValueError(
+                f"data: {str(path)!r} has no scene of the {split} split; leave data out, or prepare more scenes"
+            )
+        lists = parse_scenes(
+            [[dataset.vocabulary.names[i] for i in scene] for scene in dataset.objects.tolist()], generator.vocabulary
+        )
+        weight = next(generator.parameters())
+        first = from_uint8(dataset.pixels[:, 0]).to(weight.device, weight.dtype)
+        empty = to_uint8(generator.canvas.remove_objects(first).float().cpu())
+        return Scenes(torch.cat((empty[:, None], dataset.pixels), 1), encode_objects(lists, vocabulary)), lists
+
+    (test, lists), (validation, _) = read("test"), read("validation")
+    before, after = from_uint8(test.pictures[:, :-1]).flatten(0, 1), from_uint8(test.pictures[:, 1:]).flatten(0, 1)
+    places = place_of_change(before, after).unflatten(0, test.present.shape)
+    places = places.nan_to_num((generator.image_size - 1) / 2)
+    return RealScenes(test, validation, lists, places, SceneDataset(path, "train").pixels)

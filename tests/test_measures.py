@@ -1,0 +1,121 @@
+"""Measures of a few scenes, worked out by hand; whole evaluations are in test_evaluation.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from condgan import metrics
+from condgan.measures import (
+    NOTHING,
+    jackknife,
+    place_errors,
+    quantile,
+    ratio,
+    retention,
+    rightness,
+    surroundings,
+)
+from condgan.scenes import Scenes
+
+SEEN, UNSEEN = 5.0, -5.0
+
+
+def scenes_of(objects: list[list[int]], num_objects: int = 4, size: int = 16) -> Scenes:
+    """Black pictures of scenes whose turns add these objects; -1 is no turn."""
+    added = torch.zeros(len(objects), len(objects[0]), num_objects)
+    for scene, turns in zip(added, objects, strict=True):
+        for turn, object_id in zip(scene, turns, strict=True):
+            if object_id >= 0:
+                turn[object_id] = 1
+    return Scenes(torch.zeros(len(objects), len(objects[0]) + 1, 3, size, size, dtype=torch.uint8), added)
+
+
+def test_scenes_know_what_is_asked_after_every_turn() -> None:
+    scenes = scenes_of([[2, 0, -1], [1, 1, 3]])
+    assert scenes.present.tolist() == [[True, True, False], [True, True, True]]
+    assert scenes.asked[0].tolist() == [[0, 0, 1, 0], [1, 0, 1, 0], [1, 0, 1, 0]]
+    assert scenes.asked[1, -1].tolist() == [0, 1, 0, 1]
+
+
+def test_ratio_is_of_sums_and_leaves_out_groups_without_weight() -> None:
+    score = ratio(torch.tensor([1, 2, 0, 0, 3, 0]), torch.tensor([2, 2, 0, 0, 3, 1]), groups=3)
+    assert score.value == pytest.approx(6 / 8)
+    assert score.samples == 8
+    assert score.ci95 == metrics.bootstrap_interval(torch.tensor([3.0, 3]), torch.tensor([4.0, 4]), rng_seed=0)
+    assert ratio(torch.zeros(4), torch.zeros(4), groups=2) == NOTHING
+    assert ratio(torch.ones(4), torch.ones(4), groups=2, samples=9).samples == 9
+
+
+def test_quantile_is_of_all_values_with_an_interval_over_scenes() -> None:
+    values = torch.tensor([[1.0, 2.0], [3.0, math.nan], [math.nan, math.nan], [4.0, 5.0]])
+    score = quantile(values, 0.5)
+    assert (score.value, score.samples) == (3, 5)
+    low, high = score.ci95 or (math.nan, math.nan)
+    assert 1.5 <= low < 3 < high <= 4.5
+    assert quantile(torch.full((2, 2), math.nan), 0.5) == NOTHING
+    sure = quantile(torch.arange(1000.0)[:, None], 0.95)
+    assert sure.value == pytest.approx(949, abs=1)
+    low, high = sure.ci95 or (math.nan, math.nan)
+    # about two standard errors of an order statistic: sqrt(0.95 x 0.05 / 1000) of 1000 values
+    assert high - low == pytest.approx(4 * math.sqrt(0.95 * 0.05 / 1000) * 1000, rel=0.2)
+
+
+def test_rightness_by_hand() -> None:
+    asked = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 0]])
+    logits = torch.tensor([[SEEN, UNSEEN, SEEN + 1, UNSEEN - 1], [UNSEEN, UNSEEN, SEEN, UNSEEN]])
+    scores = rightness(logits, asked, torch.tensor([2, 2]), groups=2)
+    values = {name: score.value for name, score in scores.items()}
+    assert values == pytest.approx(
+        {
+            "accuracy": 2 / 3,  # of the two highest of the first picture one is asked
+            "exact": 1 / 2,
+            "object_precision": 2 / 3,
+            "object_recall": 2 / 3,
+            "object_f1": 4 / 6,
+            "count_accuracy": 1 / 2,  # three of one kind pass where a classifier sees the set it should
+        }
+    )
+    assert [score.samples for score in scores.values()] == [3, 2, 3, 3, 3, 2]
+    micro = metrics.object_scores(logits, asked)
+    assert (values["object_precision"], values["object_recall"], values["object_f1"]) == pytest.approx(micro)
+    assert "count_accuracy" not in rightness(logits, asked, None, groups=2)
+
+
+def test_retention_is_of_what_was_found_before() -> None:
+    scenes = scenes_of([[0, 1, 2], [3, 0, -1]])
+    logits = torch.full((2, 3, 4), UNSEEN)
+    logits[0, 0, 0] = logits[0, 1, 1] = SEEN  # object 0 is lost in turn 2, and object 1 in turn 3
+    logits[0, 0, 2] = SEEN  # not asked yet: not found, whatever the judge sees
+    logits[1, 0, 3] = logits[1, 1, 3] = SEEN  # kept; the padding after it loses nothing
+    score = retention(logits, scenes, groups=2)
+    assert (score.value, score.samples) == (pytest.approx(1 / 3), 3)
+    assert retention(torch.full((2, 3, 4), UNSEEN), scenes, groups=2) == NOTHING
+
+
+def test_place_errors_are_distances_in_pixels() -> None:
+    scenes = scenes_of([[0, 1], [0, -1]])
+    scenes.pictures[0, 1:, :, 4:7, 8:11] = 200  # centre (9, 5); the second turn does nothing
+    scenes.pictures[1, 1:, :, 0:2, 0:2] = 200
+    errors = place_errors(scenes, torch.tensor([[[9.0, 5.0], [3.0, 3.0]], [[3.5, 4.5], [0.0, 0.0]]]))
+    expected = torch.tensor([[0.0, 16 * math.sqrt(2)], [5.0, math.nan]])
+    torch.testing.assert_close(errors, expected, equal_nan=True)
+
+
+def test_surroundings_of_scenes_of_one_turn_are_nothing() -> None:
+    assert surroundings(scenes_of([[0], [1]]), groups=2) == {"preservation": NOTHING, "changed_area": NOTHING}
+
+
+def test_jackknife_of_a_mean_is_its_standard_error() -> None:
+    rng = torch.Generator().manual_seed(0)
+    values = torch.randn(2000, generator=rng, dtype=torch.float64) + 5
+
+    def mean(samples: list[Tensor]) -> float:
+        return float(samples[0].mean())
+
+    low, high = jackknife(mean, [values], blocks=200)
+    assert (low + high) / 2 == pytest.approx(float(values.mean()))
+    assert high - low == pytest.approx(2 * 1.96 / math.sqrt(2000), rel=0.2)
