@@ -252,7 +252,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data = tmp_path / "iclevr"
     (data / "images").mkdir(parents=True)
     labels = {}
-    for scene in range(64):
+    for scene in range(96):  # more than the canvas of `compact` has components
         image = Image.new("RGB", (96, 72), (128, 128, 128))
         draw = ImageDraw.Draw(image)
         objects: list[str] = []
