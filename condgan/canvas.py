@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condgan.flow import CouplingFlow
+from condgan.functional import local_mean
 
 RESIDUAL_THRESHOLD = 8 / 255
 """A pixel further than this from the light model belongs to an object or its shadow (4 grey levels, in [-1, 1])."""
@@ -121,7 +122,7 @@ class Canvas(nn.Module):
         empty = []
         for chunk, estimate in self._estimates(images):
             rest = chunk - estimate.lit
-            detail = rest - _smooth(rest)
+            detail = rest - local_mean(rest, SMOOTH)
             edge = (rest.abs() > SHADOW_THRESHOLD) | (detail.abs() > EDGE_DEVIATIONS * grain_std)
             near_edge = F.max_pool2d(edge.any(1, keepdim=True).float(), SMOOTH, 1, SMOOTH // 2) > 0
             drawn = self._coloured(torch.randn(chunk.shape, generator=rng).to(chunk.device))
@@ -208,7 +209,7 @@ class Canvas(nn.Module):
         Args:
             seen: (H, W) bool, pixels whose pattern is known.
         """
-        smooth = _smooth(self.mean[None])[0]
+        smooth = local_mean(self.mean[None], SMOOTH)[0]
         hidden = (~seen)[None].float()
         reach = SMOOTH // 2
         around = F.max_pool2d(hidden, 6 * reach + 1, 1, 3 * reach) - F.max_pool2d(hidden, SMOOTH, 1, reach) > 0
@@ -225,11 +226,6 @@ class Canvas(nn.Module):
 
     def _estimates(self, images: Tensor, batch_size: int = 128) -> list[tuple[Tensor, LightEstimate]]:
         return [(chunk, self.estimate_light(chunk)) for chunk in images.split(batch_size)]
-
-
-def _smooth(images: Tensor) -> Tensor:
-    """Means over squares of side :data:`SMOOTH`: (N, C, H, W) to the same."""
-    return F.avg_pool2d(F.pad(images, [SMOOTH // 2] * 4, mode="replicate"), SMOOTH, 1)
 
 
 def _square_root(covariance: Tensor) -> Tensor:
@@ -250,7 +246,7 @@ def _interpolate_box(images: Tensor) -> Tensor:
     images = images.clone()
     size = images.shape[-1]
     low, high = size // 4, size * 3 // 4
-    smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    smooth = local_mean(images, 3)
     left, right = smooth[:, :, low:high, low - 1, None], smooth[:, :, low:high, high, None]
     top, bottom = smooth[:, :, low - 1, None, low:high], smooth[:, :, high, None, low:high]
     s = torch.linspace(0, 1, high - low, device=images.device)

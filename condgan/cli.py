@@ -552,7 +552,7 @@ def _parser() -> argparse.ArgumentParser:
         Controls, drawn pictures under wrong lists and empty scenes, show what each measure
         can see; docs/evaluation.md defines them all. About 5 minutes on one CPU core.
         --realism, with or without --conditions, says how often a fresh classifier tells drawn
-        pictures from real ones; about 12 minutes on two CPU cores.
+        pictures from real ones, which takes longer than all the rest.
         """,
         """
         condgan evaluate --conditions iclevr/test.json --draws 64

@@ -264,10 +264,7 @@ def paste(images: Tensor, patches: Tensor, corners: Tensor) -> Tensor:
         ValueError: ``corners`` is not (N, 2).
     """
     _check_pairs("corners", corners, len(images))
-    axis = torch.arange(patches.shape[-1], device=images.device)
-    columns, rows = (corners[:, :, None] + axis).unbind(1)  # (N, S) each
-    number = torch.arange(len(images), device=images.device)[:, None, None]
-    index = (number, rows[:, :, None], columns[:, None, :])
+    index = _pixels_of_squares(corners, patches.shape[-1])
     return images.permute(0, 2, 3, 1).index_put(index, patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -283,10 +280,19 @@ def crop(images: Tensor, corners: Tensor, crop_size: int) -> Tensor:
         ValueError: ``corners`` is not (N, 2).
     """
     _check_pairs("corners", corners, len(images))
-    axis = torch.arange(crop_size, device=images.device)
-    columns, rows = (corners[:, :, None] + axis).unbind(1)  # (N, crop_size) each
-    number = torch.arange(len(images), device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return images.permute(0, 2, 3, 1)[_pixels_of_squares(corners, crop_size)].permute(0, 3, 1, 2)
+
+
+def _pixels_of_squares(corners: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of one square a picture into (N, H, W, C): picture (N, 1, 1), row (N, S, 1) and column (N, 1, S)."""
+    columns, rows = (corners[:, :, None] + torch.arange(size, device=corners.device)).unbind(1)  # (N, S) each
+    number = torch.arange(len(corners), device=corners.device)[:, None, None]
+    return number, rows[:, :, None], columns[:, None, :]
+
+
+def local_mean(images: Tensor, size: int) -> Tensor:
+    """The mean of the square of an odd ``size`` around each pixel, edges repeated: (N, C, H, W) to the same."""
+    return F.avg_pool2d(F.pad(images, [size // 2] * 4, mode="replicate"), size, 1)
 
 
 def _check_pairs(name: str, pairs: Tensor, n: int | None = None) -> None:

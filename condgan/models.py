@@ -19,7 +19,7 @@ from condgan import drawing
 from condgan import images as pictures
 from condgan.canvas import Canvas
 from condgan.drawing import Redraw
-from condgan.functional import crop, paste, place_map, window_corners
+from condgan.functional import crop, local_mean, paste, place_map, window_corners
 from condgan.hub import PretrainedModel
 from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised
 from condgan.requests import Place
@@ -191,8 +191,7 @@ def _view(images: Sequence[Tensor], place: Tensor | None, window: int | None) ->
     x, y = (inside * (2 / (size - 1)) - 1).unbind(1)
     coordinates = torch.stack((x[:, None, :].expand(-1, window, -1), y[:, :, None].expand(-1, -1, window)), 1)
     crops = [crop(image, corners, window) for image in images]
-    means = [F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1) for image in crops]
-    details = [10 * (image - mean) for image, mean in zip(crops, means, strict=True)]
+    details = [10 * (image - local_mean(image, 3)) for image in crops]
     return View(crops, details, [place_map(place - corners, window), coordinates], corners)
 
 

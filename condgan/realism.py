@@ -20,11 +20,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from condgan.datasets import SceneDataset, packed_path, scene_split
-from condgan.drawing import SceneModel, draw_turns
+from condgan.datasets import SceneDataset, scene_split
+from condgan.drawing import SceneModel
 from condgan.functional import evaluating
 from condgan.images import from_uint8, grid, to_pil, to_uint8
 from condgan.requests import parse_scenes, parse_seed
+from condgan.scenes import SceneDrawer, open_real
 
 EPOCHS = 8
 """How often a classifier sees each picture it learns from."""
@@ -351,8 +352,7 @@ def realism_report(
     which a person hardly sees and the classifiers must. A half has ``pictures`` scenes of the train split or, where
     these are too few, half of them.
 
-    The default takes about 12 minutes on two CPU cores for the model that ships, 3 of them for drawing. With fewer
-    pictures the classifiers see less: compare rates only at equal ``training_pictures`` and ``epochs``.
+    With fewer pictures the classifiers see less: compare rates only at equal ``training_pictures`` and ``epochs``.
 
     Args:
         generator: an ``IterativeGenerator``, or any model that draws alike; draws in eval mode.
@@ -379,9 +379,9 @@ def realism_report(
     device = next(generator.parameters()).device if device is None else device
     training, held_out = _read_real(data, generator)
     lists = parse_scenes(training.lists[:pictures] + held_out.lists, generator.vocabulary)
-    drawn, held_out_drawn = _draw(generator, lists, first_seed, progress).split(
-        [len(lists) - len(held_out.lists), len(held_out.lists)]
-    )
+    drawer = SceneDrawer(generator, generator.vocabulary, 1, "picture", BATCH_SIZE, progress)
+    scenes, _ = drawer.draw(lists, range(first_seed, first_seed + len(lists)))
+    drawn, held_out_drawn = scenes.final.split([len(lists) - len(held_out.lists), len(held_out.lists)])
 
     def trial(real: Sequence[Tensor], others: Sequence[Tensor], seeds: int) -> ToldApart:
         return told_apart(
@@ -422,22 +422,14 @@ class _Real(NamedTuple):
 
 def _read_real(data: str | Path, generator: SceneModel) -> tuple[_Real, _Real]:
     """Pictures to learn from, and held-out ones."""
-    path = packed_path(data, generator.image_size) if Path(data).is_dir() else Path(data)
-    if not path.is_file():
-        raise FileNotFoundError(f"data: there is no file {str(path)!r}; `condgan prepare` writes it")
-    dataset = SceneDataset(path)
-    if dataset.pixels.shape[-1] != generator.image_size:
-        raise ValueError(
-            f"data: {str(path)!r} has pictures of {dataset.pixels.shape[-1]} pixels, but the generator draws "
-            f"{generator.image_size}; prepare the data in its size"
-        )
+    dataset = open_real(data, generator.image_size)
     training = torch.tensor([scene_split(name) == "train" for name in dataset.names])
     num_training = int(training.sum())
     num_held_out = len(dataset) - num_training
     if min(num_training, num_held_out) < 2:
         raise ValueError(
-            f"data: {str(path)!r} has {num_training} scenes of the train split and {num_held_out} of the validation "
-            "and test splits; at least 2 of each are needed, and thousands for a trial that sees much"
+            f"data: {str(dataset.path)!r} has {num_training} scenes of the train split and {num_held_out} of the "
+            "validation and test splits; at least 2 of each are needed, and thousands for a trial that sees much"
         )
     return _one_turn(dataset, training), _one_turn(dataset, ~training)
 
@@ -453,20 +445,6 @@ def _one_turn(dataset: SceneDataset, wanted: Tensor) -> _Real:
         for scene, turn in zip(scenes.tolist(), turns.tolist(), strict=True)
     ]
     return _Real(dataset.pixels[scenes, turns], lists)
-
-
-def _draw(generator: SceneModel, lists: list[list[str]], first_seed: int, progress: bool) -> Tensor:
-    """The final picture of every list, uint8 (N, 3, H, W)."""
-    from tqdm import tqdm
-
-    final = []
-    with tqdm(total=len(lists), desc="drawing", unit="picture", file=sys.stderr, disable=not progress) as bar:
-        for low in range(0, len(lists), BATCH_SIZE):
-            part = lists[low : low + BATCH_SIZE]
-            seeds = range(first_seed + low, first_seed + low + len(part))
-            final.append(to_uint8(draw_turns(generator, part, seeds).images[:, -1]))
-            bar.update(len(part))
-    return torch.cat(final)
 
 
 def blur(pictures: Tensor) -> Tensor:

@@ -102,6 +102,31 @@ class RealScenes:
     """(R, T, 3, H, W) uint8: the pictures of the train split, which generators learned from; R may be 0."""
 
 
+def open_real(data: str | Path, image_size: int, split: Split | None = None) -> SceneDataset:
+    """Open real scenes of the size that a generator draws.
+
+    Args:
+        data: packed file of ``condgan prepare``, or the folder with it.
+        image_size: side of the generator's pictures.
+        split: which scenes; None is all.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has pictures of another size.
+    """
+    path = packed_path(data, image_size) if Path(data).is_dir() else Path(data)
+    if not path.is_file():
+        raise FileNotFoundError(f"data: there is no file {str(path)!r}; `condgan prepare` writes it")
+    dataset = SceneDataset(path, split)
+    size = dataset.pixels.shape[-1]
+    if size != image_size:
+        raise ValueError(
+            f"data: {str(path)!r} has pictures of {size} pixels, but the generator draws {image_size}; "
+            "prepare the data in its size"
+        )
+    return dataset
+
+
 def read_real(data: str | Path, generator: SceneModel, vocabulary: Vocabulary) -> RealScenes:
     """Read the real scenes that a generator is held against.
 
@@ -116,20 +141,12 @@ def read_real(data: str | Path, generator: SceneModel, vocabulary: Vocabulary) -
         FileNotFoundError: there is no such file.
         ValueError: it has pictures of another size, an unknown object, or no scene of the test or validation split.
     """
-    path = packed_path(data, generator.image_size) if Path(data).is_dir() else Path(data)
-    if not path.is_file():
-        raise FileNotFoundError(f"data: there is no file {str(path)!r}; `condgan prepare` writes it")
 
     def read(split: Split) -> tuple[Scenes, list[list[str]]]:
-        dataset = SceneDataset(path, split)
-        if dataset.pixels.shape[-1] != generator.image_size:
-            raise ValueError(
-                f"data: {str(path)!r} has pictures of {dataset.pixels.shape[-1]} pixels, but the generator draws "
-                f"{generator.image_size}; prepare the data in its size"
-            )
+        dataset = open_real(data, generator.image_size, split)
         if not len(dataset):
             raise ValueError(
-                f"data: {str(path)!r} has no scene of the {split} split; leave data out, or prepare more scenes"
+                f"data: {str(dataset.path)!r} has no scene of the {split} split; leave data out, or prepare more scenes"
             )
         lists = parse_scenes(
             [[dataset.vocabulary.names[i] for i in scene] for scene in dataset.objects.tolist()], generator.vocabulary
@@ -143,4 +160,4 @@ def read_real(data: str | Path, generator: SceneModel, vocabulary: Vocabulary) -
     before, after = from_uint8(test.pictures[:, :-1]).flatten(0, 1), from_uint8(test.pictures[:, 1:]).flatten(0, 1)
     places = place_of_change(before, after).unflatten(0, test.present.shape)
     places = places.nan_to_num((generator.image_size - 1) / 2)
-    return RealScenes(test, validation, lists, places, SceneDataset(path, "train").pixels)
+    return RealScenes(test, validation, lists, places, open_real(data, generator.image_size, "train").pixels)

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.datasets import SceneDataset
+from condgan.functional import local_mean
 
 ROLES = {  # different architecture, different half of the train split, different seed
     "verifier": (SceneClassifierConfig((32, 64, 128, 192), (2, 2, 2, 2), "small", "evidence"), 0, 101),
@@ -34,7 +35,7 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
     padded = F.pad(images, (4, 4, 4, 4), mode="replicate")
     offsets = torch.randint(0, 9, (n, 2), generator=rng).tolist()
     images = torch.stack([p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, offsets, strict=True)])
-    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    blurred = local_mean(images, 3)
     images = images + (blurred - images) * uniform(-0.5, 0.7).clamp(min=0)
     images = images * uniform(0.9, 1.1) + uniform(-0.05, 0.05)
     return images + 0.02 * uniform(0, 1) * torch.randn(images.shape, generator=rng)

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from condgan import GeneratorConfig, IterativeGenerator
 from condgan.counter import STRIDE, ObjectCounter, find_centres, match_places
 from condgan.datasets import SceneDataset, augment_scene
-from condgan.functional import changed_region, place_map, place_of_change
+from condgan.functional import changed_region, local_mean, place_map, place_of_change
 from condgan.images import from_uint8
 from condgan.training import TrainingScenes
 
@@ -75,15 +75,9 @@ def dilate(masks: Tensor, size: int) -> Tensor:
     return F.max_pool2d(masks, size, 1, size // 2)
 
 
-def blur(images: Tensor, size: int) -> Tensor:
-    """The mean of the square of an odd size around each pixel, (N, C, H, W)."""
-    side = size // 2
-    return F.avg_pool2d(F.pad(images, (side, side, side, side), mode="replicate"), size, 1)
-
-
 def paste(images: Tensor, before: Tensor, after: Tensor, region: Tensor) -> Tensor:
     """Do to pictures what one turn did to others: ``region`` (N, H, W) is replaced, shadows around it are added."""
-    inside = blur(dilate(region[:, None].float(), 3), 3)
+    inside = local_mean(dilate(region[:, None].float(), 3), 3)
     return torch.lerp(images + after - before, after, inside)
 
 
@@ -202,7 +196,7 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(len(images), 1, 1, 1).uniform_(low, high, generator=rng)
 
-    images = torch.lerp(images, blur(images, 3), uniform(-0.5, 0.7).clamp(min=0))
+    images = torch.lerp(images, local_mean(images, 3), uniform(-0.5, 0.7).clamp(min=0))
     images = images * uniform(0.9, 1.1) + uniform(-0.05, 0.05)
     return images + 0.02 * uniform(0, 1) * torch.randn(images.shape, generator=rng)
 

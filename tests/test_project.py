@@ -27,14 +27,14 @@ PACKAGE = ROOT / "condgan"
 # Imports go one way: a module uses only modules of the groups above its own.
 GROUPS = (
     ("vocab", "layers", "losses", "hub", "images", "flow"),
-    ("functional", "canvas", "requests"),
-    ("classifier", "counter"),
+    ("functional", "requests"),
+    ("canvas", "classifier", "counter"),
     ("results",),
     ("drawing",),
     ("models",),
     ("datasets", "metrics", "layout"),
-    ("realism", "scenes", "report", "features"),
-    ("measures",),
+    ("scenes", "report", "features"),
+    ("measures", "realism"),
     ("prepare", "training", "evaluation"),
     ("runs",),
     ("cli",),
