@@ -55,14 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: 2 for wrong usage, 0 after ``--help`` and ``--version``.
     """
     args = _parser().parse_args(argv)
-    name = args.parser.prog
+    rank = _rank()
+    name = args.parser.prog if rank == 0 else f"{args.parser.prog}, rank {rank}"
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.showwarning = lambda message, *_, **__: print(f"{name}: warning: {message}", file=sys.stderr)
             report = args.run(args)
-        print(json.dumps(report.data) if args.json else report.text, flush=True)
+        if rank == 0:
+            print(json.dumps(report.data) if args.json else report.text, flush=True)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted{args.after_interrupt}", file=sys.stderr)
+        if rank == 0:
+            print(f"{name}: interrupted{args.after_interrupt}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # who read our output has gone, as in `condgan info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
@@ -79,8 +82,58 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(args: argparse.Namespace) -> Report:
     from condgan.models import IterativeGenerator
 
+    if args.source is not None:
+        return _generate_set(args)
+    if not args.objects:
+        args.parser.error("the following arguments are required: OBJECT (or --from)")
     generator = IterativeGenerator.from_pretrained(args.model)
     return _save(generator.generate(args.objects, **_drawing_options(args)), args)
+
+
+def _generate_set(args: argparse.Namespace) -> Report:
+    """Draw a list of scenes into a folder."""
+    from condgan.models import IterativeGenerator
+    from condgan.ranks import own_device
+    from condgan.shards import draw_set
+
+    if args.objects:
+        args.parser.error("argument --from: the list says what to draw: give no OBJECT beside it")
+    for option in ("at", "turns", "grid", "verify"):
+        if getattr(args, option):
+            args.parser.error(f"argument --{option}: not allowed with argument --from")
+    if args.out is None:
+        args.parser.error("argument --from: needs --out, the folder of the set")
+    args.after_interrupt = ": run the same command again to go on"
+    device, rank, count = own_device(), _rank(), _rank_count()
+    generator = IterativeGenerator.from_pretrained(args.model).to(device)
+    report = draw_set(
+        generator,
+        args.source,
+        args.out,
+        num_images=args.num,
+        seed=args.seed or 0,
+        best_of=args.best_of,
+        redraw=args.redraw,
+        shard_size=args.shard_size,
+        rank=rank,
+        count=count,
+        progress=rank == 0 and sys.stderr.isatty(),
+    )
+    whose = f", by process 0 of {count}" if count > 1 else ""
+    return Report(
+        {**dataclasses.asdict(report), "out": str(report.out)},
+        f"{report.out}: {report.pictures:,} pictures in {report.shards:,} tar files; "
+        f"{report.drawn:,} drawn now{whose}, {report.skipped:,} were there",
+    )
+
+
+def _rank() -> int:
+    """The number of this process among those that ``torchrun`` has started."""
+    return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
+
+
+def _rank_count() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def _add(args: argparse.Namespace) -> Report:
@@ -103,15 +156,16 @@ def _drawing_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _save(drawing: Drawing, args: argparse.Namespace) -> Report:
     """Write what was drawn, as pictures or as a sheet."""
+    out = args.out or Path(args.default_out)
     from condgan.results import save_image
 
     verified = drawing.verify() if args.verify else None
     pictures = [drawing.metadata(i) for i in range(len(drawing.seeds))]
     if args.grid or args.turns:
-        save_image(drawing.grid(turns=args.turns), args.out, {"pictures": pictures})
-        files = [args.out] * len(pictures)
+        save_image(drawing.grid(turns=args.turns), out, {"pictures": pictures})
+        files = [out] * len(pictures)
     else:
-        files = drawing.save(args.out)
+        files = drawing.save(out)
     lines = []
     for i, (file, picture) in enumerate(zip(files, pictures, strict=True)):
         picture["file"] = str(file)
@@ -215,7 +269,8 @@ def _train(args: argparse.Namespace) -> Report:
         config = _with_fields(PRESETS[args.preset], assignments)
     except ValueError as error:
         args.parser.error(f"argument --set: {error}")
-    generator = train(args.data, args.out, config, device=args.device, progress=sys.stderr.isatty())
+    progress = sys.stderr.isatty()
+    generator = train(args.data, args.out, config, device=args.device, accumulate=args.accumulate, progress=progress)
     model = args.out / "model"
     parameters = sum(parameter.numel() for parameter in generator.parameters())
     return Report(
@@ -395,6 +450,10 @@ def _parser() -> argparse.ArgumentParser:
         The objects belong to one scene and are added in the order given. An object is a
         colour (gray, red, blue, green, brown, purple, cyan, yellow) and a shape (cube,
         sphere, cylinder) in quotes; `condgan info` lists what a model knows.
+
+        --from draws a list of scenes into OUT/00000.tar, 00001.tar, ... (WebDataset: PNG
+        and JSON). The same command goes on with what is not there yet, with any number of
+        processes. Picture n has the seed N + n (default of N: 0) unless its line gives one.
         """,
         """
         condgan generate "red cube" "blue sphere" --seed 7 --out scene.png
@@ -415,9 +474,24 @@ def _parser() -> argparse.ArgumentParser:
 
         # nearly as good and much cheaper: draw only those turns again that failed
         condgan generate "red cube" "blue sphere" --seed 7 --best-of 8 --redraw turn
+
+        # a large set: each line of the file a scene, ["red cube", "blue sphere"] or
+        # {"conditions": ["red cube"], "seed": 7, "places": [[45, 30]], "num_images": 4}
+        condgan generate --from list.jsonl --out set
+        torchrun --nproc-per-node 4 -m condgan generate --from list.jsonl --out set
         """,
     )
-    generate.add_argument("objects", nargs="+", metavar="OBJECT", help='what to draw, such as "red cube"')
+    generate.add_argument("objects", nargs="*", metavar="OBJECT", help='what to draw, such as "red cube"')
+    generate.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="LIST.jsonl",
+        help="draw a large set: one scene a line, into tar files in the folder --out",
+    )
+    generate.add_argument(
+        "--shard-size", type=_count, default=1000, metavar="N", help="with --from: pictures a tar file (default: 1000)"
+    )
     _add_drawing_options(generate, "scene.png")
 
     add = command(
@@ -519,6 +593,9 @@ def _parser() -> argparse.ArgumentParser:
         # a narrower and shorter one; fields as in condgan.training.TrainConfig
         condgan train --data iclevr --out small --images 200000 \\
             --set generator.width=8 --set lr_generator=1e-4
+
+        # one process for each of four GPUs, or CPU cores; docs/scale.md says more
+        torchrun --nproc-per-node 4 -m condgan train --data iclevr --out run
         """,
     )
     train.add_argument(
@@ -535,6 +612,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FIELD=VALUE",
         help="change one field of the configuration; may be repeated",
+    )
+    train.add_argument(
+        "--accumulate",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="let the scenes of a step pass in N parts, which takes less memory (default: 1)",
     )
     train.add_argument("--device", type=_device, help="such as cuda or cpu (default: a GPU if there is one)")
     train.set_defaults(after_interrupt=": run the same command again to go on")
@@ -596,7 +680,6 @@ def _add_drawing_options(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path(out),
         metavar="FILE",
         help=f"picture to write; several pictures are numbered, as NAME-0.png (default: {out})",
     )
@@ -614,6 +697,7 @@ def _add_drawing_options(parser: argparse.ArgumentParser, out: str) -> None:
         help="centre of an object in pixels from the left and from the top, or `none` to leave it to the model; "
         "give one --at for each object",
     )
+    parser.set_defaults(default_out=out)
     _add_best_of(parser)
     sheet = parser.add_mutually_exclusive_group()
     sheet.add_argument("--turns", action="store_true", help="write one sheet with every turn, one row a picture")

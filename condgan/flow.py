@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -62,12 +63,10 @@ class CouplingFlow(nn.Module):
         self.register_buffer("high", torch.full((layers + 1, dim), FRESH_BOUND))
 
     def forward(self, noise: Tensor) -> Tensor:
-        kept = _kept(self.dim).to(noise.device)
         x = noise.clamp(self.low[-1], self.high[-1])
-        for layer in reversed(range(len(kept))):
-            mean, log_scale = self._coupling(layer, x.where(kept[layer], 0))
-            x = torch.where(kept[layer], x, x * log_scale.exp() + mean)
-            x = x.clamp(self.low[layer], self.high[layer])
+        for (kept, weights), low, high in reversed([*zip(self._couplings(), self.low, self.high, strict=False)]):
+            mean, log_scale = self._affine(weights, x * kept)
+            x = torch.where(kept, x, x * log_scale.exp() + mean).clamp(low, high)
         return x
 
     def extra_repr(self) -> str:
@@ -130,22 +129,90 @@ class CouplingFlow(nn.Module):
 
     def _encode(self, x: Tensor, dropout: float = 0.0) -> tuple[list[Tensor], Tensor]:
         """The vectors before the first coupling and after each one, (N, K), and their log-density (N,)."""
-        kept = _kept(self.dim).to(x.device)
         states = [x]
         volume = x.new_zeros(len(x))
-        for layer in range(len(kept)):
-            mean, log_scale = self._coupling(layer, x.where(kept[layer], 0), dropout)
-            x = torch.where(kept[layer], x, (x - mean) * (-log_scale).exp())
-            volume = volume - log_scale.masked_fill(kept[layer], 0).sum(1)
+        for kept, weights in self._couplings():
+            mean, log_scale = self._affine(weights, x * kept, dropout)
+            x = torch.where(kept, x, (x - mean) * (-log_scale).exp())
+            volume = volume - log_scale.masked_fill(kept, 0).sum(1)
             states.append(x)
         return states, volume - 0.5 * (x.square() + math.log(2 * math.pi)).sum(1)
 
-    def _coupling(self, layer: int, kept_numbers: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    def _couplings(self) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Of each coupling the numbers that it keeps, (K,) bool, and its weights and biases."""
+        weights = zip(self.weight1, self.bias1, self.weight2, self.bias2, self.weight3, self.bias3, strict=True)
+        return zip(_kept(self.dim).to(self.low.device), weights, strict=True)
+
+    @staticmethod
+    def _affine(weights: tuple[Tensor, ...], kept_numbers: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
         """Mean and log-scale, (N, K) each; those of kept numbers mean nothing."""
-        h = F.silu(F.linear(kept_numbers, self.weight1[layer], self.bias1[layer]))
-        h = F.silu(F.linear(F.dropout(h, dropout), self.weight2[layer], self.bias2[layer]))
-        mean, log_scale = F.linear(F.dropout(h, dropout), self.weight3[layer], self.bias3[layer]).chunk(2, 1)
-        return mean, MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
+        weight1, bias1, weight2, bias2, weight3, bias3 = weights
+        h = F.silu(F.linear(kept_numbers, weight1, bias1))
+        h = F.silu(F.linear(F.dropout(h, dropout), weight2, bias2))
+        mean, log_scale = F.linear(F.dropout(h, dropout), weight3, bias3).chunk(2, 1)
+        return mean, _bounded(log_scale)
+
+
+class ConditionalFlow(nn.Module):
+    """A distribution of vectors that depends on a context: standard normal numbers through affine couplings.
+
+    As :class:`CouplingFlow`, but each coupling reads the context too, and the weights are parameters, to be learned
+    along with a larger model by minimising ``-log_prob``. A fresh flow changes nothing.
+
+    Args:
+        dim: length K of the vectors, at least 2.
+        context_dim: length C of the context.
+        hidden_dim: hidden units of each coupling.
+        couplings: how many.
+
+    Shape:
+        noise: (N, K), standard normal.
+        context: (N, C).
+        output: (N, K).
+
+    Source: Real NVP as in :class:`CouplingFlow`; conditional couplings after Winkler et al. 2019, "Learning likelihoods
+    with conditional normalizing flows", arXiv:1912.00042.
+    """
+
+    kept: Tensor
+
+    def __init__(self, dim: int, context_dim: int, hidden_dim: int = 64, couplings: int = 8) -> None:
+        super().__init__()
+        index = torch.arange(dim)
+        patterns = [index % 2 == 0, index % 2 == 1, index < dim // 2, index >= dim // 2]
+        self.register_buffer("kept", torch.stack([patterns[i % 4] for i in range(couplings)]), persistent=False)
+        self.couplings = nn.ModuleList()
+        for _ in range(couplings):
+            last = nn.Linear(hidden_dim, 2 * dim)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            layers = [nn.Linear(dim + context_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU()]
+            self.couplings.append(nn.Sequential(*layers, last))
+
+    def forward(self, noise: Tensor, context: Tensor) -> Tensor:
+        x = noise
+        for kept, coupling in zip(reversed(self.kept), reversed(self.couplings), strict=True):
+            mean, log_scale = self._affine(coupling, x.where(kept, 0), context)
+            x = torch.where(kept, x, x * log_scale.exp() + mean)
+        return x
+
+    def log_prob(self, x: Tensor, context: Tensor) -> Tensor:
+        """Log-density (N,) in nats of vectors (N, K)."""
+        volume = x.new_zeros(len(x))
+        for kept, coupling in zip(self.kept, self.couplings, strict=True):
+            mean, log_scale = self._affine(coupling, x.where(kept, 0), context)
+            x = torch.where(kept, x, (x - mean) * (-log_scale).exp())
+            volume = volume - log_scale.masked_fill(kept, 0).sum(1)
+        return volume - 0.5 * (x.square() + math.log(2 * math.pi)).sum(1)
+
+    @staticmethod
+    def _affine(coupling: nn.Module, kept_numbers: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_scale = coupling(torch.cat((kept_numbers, context), 1)).chunk(2, 1)
+        return mean, _bounded(log_scale)
+
+
+def _bounded(log_scale: Tensor) -> Tensor:
+    return MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
 
 
 def _kept(dim: int) -> Tensor:

@@ -19,6 +19,7 @@ from condgan import drawing
 from condgan import images as pictures
 from condgan.canvas import Canvas
 from condgan.drawing import Redraw
+from condgan.flow import ConditionalFlow
 from condgan.functional import crop, local_mean, paste, place_map, window_corners
 from condgan.hub import PretrainedModel
 from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised
@@ -58,6 +59,8 @@ class GeneratorConfig:
     ``places``; None is the whole picture."""
     noise_in_norm: bool = False
     """Whether the noise conditions every norm layer too, beside the first linear one."""
+    mapping: bool = False
+    """Whether the noise is first mapped to a code that suits the object and its place (:class:`NoiseMapping`)."""
     light_components: int = 0
     """Directions in which the light of the empty scene varies; 0 starts every scene on one fixed canvas."""
 
@@ -68,6 +71,8 @@ class GeneratorConfig:
         if self.output not in ("tanh", "blend"):
             raise ValueError(f"output must be 'tanh' or 'blend', got {self.output!r}")
         _check_window(self.window, self.image_size, self.places)
+        if self.mapping and self.z_dim < 2:
+            raise ValueError(f"mapping needs a z_dim of at least 2, got {self.z_dim}")
 
 
 @dataclass(frozen=True)
@@ -323,6 +328,43 @@ class PlaceModel(nn.Module):
         return x.flatten(2)[torch.arange(len(cell), device=cell.device), :, cell]
 
 
+class NoiseMapping(nn.Module):
+    """Maps noise to a code that suits the object and its place: a cube's code says how it is turned, for example.
+
+    Real turns use a small part of all codes, another one for every object and place, and a generator is good only
+    there. The mapping learns the distribution of the codes that a :class:`NoiseEncoder` finds in real turns.
+
+    Shape:
+        z: (N, z_dim), standard normal.
+        condition: (N, D).
+        place: (N, 2) pixels (x, y), for models that know places; else None.
+        output: code (N, z_dim), about of mean 0 and variance 1 over all turns.
+
+    Source: the mapping network of Karras et al. 2019 (StyleGAN), arXiv:1812.04948, here a normalizing flow
+    (:class:`condgan.flow.ConditionalFlow`), so that it can be fitted to codes that were found.
+    """
+
+    context_dim = 32
+    """What is left of the condition: mostly which object it is."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.scale = 2 / (config.image_size - 1)
+        self.context = nn.Linear(config.condition_dim, self.context_dim)
+        self.flow = ConditionalFlow(config.z_dim, self.context_dim + (2 if config.places else 0))
+
+    def forward(self, z: Tensor, condition: Tensor, place: Tensor | None = None) -> Tensor:
+        return self.flow(z, self._read(condition, place))
+
+    def loss(self, code: Tensor, condition: Tensor, place: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood (N,) in nats of codes (N, z_dim)."""
+        return -self.flow.log_prob(code, self._read(condition, place))
+
+    def _read(self, condition: Tensor, place: Tensor | None) -> Tensor:
+        context = self.context(condition)
+        return context if place is None else torch.cat((context, place.to(context.dtype) * self.scale - 1), 1)
+
+
 class IterativeGenerator(PretrainedModel):
     """Draws one more object into a picture; a scene is drawn by repeating this from an empty one.
 
@@ -391,6 +433,7 @@ class IterativeGenerator(PretrainedModel):
 
         self.canvas = Canvas(config.image_size, config.light_components)
         self.place_model = PlaceModel(config.image_size, config.condition_dim) if config.places else None
+        self.mapping = NoiseMapping(config) if config.mapping else None
 
     @property
     def image_size(self) -> int:
@@ -408,23 +451,43 @@ class IterativeGenerator(PretrainedModel):
         return self.config.num_turns
 
     def forward(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None) -> Tensor:
+        self._check_turn(z, condition, prev_image, place)
+        code = z if self.mapping is None else self.mapping(z, condition, place)
+        return self.synthesis(code, condition, prev_image, place)
+
+    def synthesis(self, code: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None) -> Tensor:
+        """:meth:`forward` after the mapping: what draws with a code that a :class:`NoiseEncoder` found.
+
+        Args:
+            code: (N, z_dim); for models without a mapping the noise itself.
+            condition: as in :meth:`forward`, like all that follow.
+            prev_image: the picture so far.
+            place: where the object goes.
+
+        Returns:
+            As :meth:`forward`.
+        """
+        self._check_turn(code, condition, prev_image, place)
+        view = _view([prev_image], place, self.config.window)
+        known = torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype)
+        known = known.contiguous(memory_format=torch.channels_last)  # convolutions are much faster so
+        drawn = self._draw(code, condition, view.images[0], known)
+        return drawn if view.corners is None else paste(prev_image, drawn, view.corners)
+
+    def _check_turn(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None) -> None:
         size = self.config.image_size
         if prev_image.shape[1:] != (3, size, size):
             raise ValueError(f"prev_image must be (N, 3, {size}, {size}), got {tuple(prev_image.shape)}")
         _check_shape("z", z, len(prev_image), self.config.z_dim)
         _check_shape("condition", condition, len(prev_image), self.config.condition_dim)
         _check_place(self.config.places, place, len(prev_image))
-        view = _view([prev_image], place, self.config.window)
-        known = torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype)
-        drawn = self._draw(z, condition, view.images[0], known)
-        return drawn if view.corners is None else paste(prev_image, drawn, view.corners)
 
-    def _draw(self, z: Tensor, condition: Tensor, prev_image: Tensor, known: Tensor) -> Tensor:
+    def _draw(self, code: Tensor, condition: Tensor, prev_image: Tensor, known: Tensor) -> Tensor:
         """The turn inside the window: ``known`` is ``prev_image`` (N, 3, h, w) with the maps of its place."""
         features = self.prev_encoder(known)[::-1]  # from the second resolution up
-        norm_condition = torch.cat((condition, z), 1) if self.config.noise_in_norm else condition
+        norm_condition = torch.cat((condition, code), 1) if self.config.noise_in_norm else condition
 
-        x = self.l0(torch.cat((z, self.c_proj(condition)), 1)).unflatten(1, (-1, self.coarsest, self.coarsest))
+        x = self.l0(torch.cat((code, self.c_proj(condition)), 1)).unflatten(1, (-1, self.coarsest, self.coarsest))
         x = x.contiguous(memory_format=torch.channels_last)
         for i in range(self.num_blocks):
             if i == 1 or (i > 1 and self.config.output == "blend"):
@@ -615,12 +678,12 @@ class DiffDiscriminator(PretrainedModel):
 
 
 class NoiseEncoder(PretrainedModel):
-    """Finds the noise with which a generator would draw a given turn: the pose of a cube, for example.
+    """Finds the code with which a generator would draw a given turn: the pose of a cube, for example.
 
     It is trained together with the generator, which must draw the real picture from it; without it nothing would tell
-    the generator which noise stands for which pose. Over a batch every number of the noise has mean 0 and, once it
-    tells pictures apart, variance 1, by a batch norm without parameters, so noise that is drawn at random stands for
-    something, too.
+    the generator which code stands for which pose. Over a batch every number of the code has mean 0 and, once it tells
+    pictures apart, variance 1, by a batch norm without parameters. For a generator with a :class:`NoiseMapping` that is
+    where :meth:`IterativeGenerator.synthesis` starts; for others it is the noise.
 
     Args:
         config: the architecture; None is the default generator's.
@@ -629,7 +692,7 @@ class NoiseEncoder(PretrainedModel):
         prev_image: (N, 3, H, W) in [-1, 1], the picture before the turn.
         image: (N, 3, H, W) in [-1, 1], the picture after it.
         place: (N, 2) centre of the new object in pixels (x, y), if ``config.places``; else None.
-        output: (N, z_dim), about standard normal.
+        output: (N, z_dim), of mean 0 and variance 1 over all turns.
 
     Modes: training normalises with the statistics of the batch, of at least two turns; eval with the running ones.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
+from condgan.ranks import RankLost, Ranks, joined
 from condgan.results import Drawing
 from condgan.training import TrainConfig, Trainer, TrainingDiverged, TrainingScenes
 
@@ -37,6 +39,7 @@ def train(
     config: TrainConfig,
     *,
     device: str | None = None,
+    accumulate: int = 1,
     checkpoint_seconds: float = 180,
     progress: bool = True,
 ) -> IterativeGenerator:
@@ -46,12 +49,18 @@ def train(
     on the CPU), ``model/`` and ``discriminator/`` (the averaged generator and its opponent, for ``from_pretrained``)
     and ``pictures/`` (drawings), all but the log anew with every checkpoint; and ``tensorboard/`` if it is installed.
 
+    In the processes that ``torchrun`` starts, or in those of a process group of ``torch.distributed``, all train one
+    model: each takes its part of every step's scenes, and all together do, up to rounding, what one process would. Only
+    the first one writes. A run may go on with another number of processes. See docs/scale.md.
+
     Args:
         data: packed file of ``condgan prepare``, or the folder that holds it; its train split is used. Or a data set of
             just the scenes to train on; resuming needs the same one.
         out: folder of the run.
         config: what to train; :data:`condgan.training.PRESETS` holds some.
-        device: such as ``cuda``; None takes a GPU if there is one.
+        device: such as ``cuda``; None takes a GPU if there is one. Of several processes each takes a GPU of its own.
+        accumulate: parts of a process's scenes that pass the networks one after the other, which takes less memory.
+            Gradients are those of all parts, batch norm is over one part at a time.
         checkpoint_seconds: time between checkpoints.
         progress: show a progress bar on stderr.
 
@@ -60,57 +69,87 @@ def train(
 
     Raises:
         DatasetError: the data cannot be read.
-        ValueError: ``out`` holds another run, or the data does not fit the configuration.
+        ValueError: ``out`` holds another run, the data does not fit the configuration, or a step has fewer scenes than
+            there are processes.
         TrainingDiverged: several steps in a row were not finite; the last checkpoint is good.
+        RankLost: another process of the run has gone; the last checkpoint is good.
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written.
     """
     out = Path(out)
     dataset = data if isinstance(data, SceneDataset) else SceneDataset(data, "train")
     _check_data(dataset, config)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"out: cannot make the folder {str(out)!r} ({error.strerror}): choose another") from None
     checkpoint = out / CHECKPOINT
+    try:
+        with joined(device) as ranks:
+            trainer = _ready_trainer(dataset, checkpoint, config, ranks, accumulate)
+            return _run(trainer, out, checkpoint_seconds, progress)
+    except (TrainingDiverged, RankLost) as error:
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+        raise type(error)(f"{error}; {kept}") from error.__cause__
+
+
+def _ready_trainer(
+    dataset: SceneDataset, checkpoint: Path, config: TrainConfig, ranks: Ranks, accumulate: int
+) -> Trainer:
+    """Before the first step, or where the checkpoint left off."""
     stored = _read_checkpoint(checkpoint, config) if checkpoint.exists() else None
     generator, discriminator, noise_encoder = _fresh_networks(config)
     if stored is not None:
         for name, buffer in generator.canvas.named_buffers():
             buffer.copy_(stored.tensors[f"generator.canvas.{name}"])
     scenes = TrainingScenes(dataset, generator, fit_canvas=stored is None and config.init_generator is None)
-    if noise_encoder is not None:
-        noise_encoder.to(device)
-    trainer = Trainer(config, scenes, generator.to(device), discriminator.to(device), noise_encoder)
+    for network in (generator, discriminator, noise_encoder):
+        if network is not None:
+            network.to(ranks.device)
+    trainer = Trainer(config, scenes, generator, discriminator, noise_encoder, ranks, accumulate)
     if stored is not None:
         _restore(trainer, stored)
+    ranks.check_same(len(scenes.pixels), "data: not every process sees the same number of scenes")
+    ranks.check_same(trainer.step, f"out: not every process sees the same {str(checkpoint)!r}, share the folder")
+    for trained in trainer.networks().values():
+        ranks.copy_from_first(trained)  # what they computed for themselves may differ on machines that differ
+    return trainer
+
+
+def _run(trainer: Trainer, out: Path, checkpoint_seconds: float, progress: bool) -> IterativeGenerator:
+    """All steps that are left; returns the averaged model."""
+    ranks, images = trainer.ranks, trainer.config.images
     with (
         _stop_requests() as stop_requests,
-        RunLog(out, trainer.images) as log,
+        RunLog(out, trainer.images) if ranks.leads else contextlib.nullcontext() as log,
         tqdm(
-            total=config.images, initial=trainer.images, unit="img", desc=str(out), disable=not progress, smoothing=0.05
+            total=images,
+            initial=trainer.images,
+            unit="img",
+            desc=str(out),
+            disable=not (progress and ranks.leads),
+            smoothing=0.05,
         ) as bar,
     ):
         saved = time.monotonic()
-        try:
-            while trainer.images < config.images:
-                before = trainer.images
-                losses = trainer.train_step()
-                bar.update(trainer.images - before)
+        while trainer.images < images:
+            before = trainer.images
+            losses = trainer.train_step()
+            bar.update(trainer.images - before)
+            if log is not None:
                 log.add(trainer.step, trainer.images, trainer.skipped, losses)
-                if trainer.step % LOG_INTERVAL == 0:
-                    skipped = [f"skipped {trainer.skipped}"] if trainer.skipped else []
-                    bar.set_postfix_str(" ".join([f"{name} {value:.3f}" for name, value in losses.items()] + skipped))
-                if stop_requests:
-                    _save_run(trainer, out)
-                    raise KeyboardInterrupt
-                if time.monotonic() - saved > checkpoint_seconds:
-                    _save_run(trainer, out)
-                    saved = time.monotonic()
-        except TrainingDiverged as error:
-            kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-            raise TrainingDiverged(f"{error}; {kept}") from None
-        return _save_run(trainer, out)
+            if trainer.step % LOG_INTERVAL == 0:
+                skipped = [f"skipped {trainer.skipped}"] if trainer.skipped else []
+                bar.set_postfix_str(" ".join([f"{name} {value:.3f}" for name, value in losses.items()] + skipped))
+            stopped = ranks.any(bool(stop_requests))  # in the same step on every rank
+            if ranks.leads and (stopped or time.monotonic() - saved > checkpoint_seconds):
+                _save_run(trainer, out)
+                saved = time.monotonic()
+            if stopped:
+                ranks.any(False)  # torchrun ends those that still write when others have gone
+                raise KeyboardInterrupt
+        generator = _save_run(trainer, out) if ranks.leads else copy.deepcopy(trainer.ema_generator)
+        ranks.copy_from_first(generator)
+        return generator
 
 
 @contextlib.contextmanager

@@ -23,10 +23,13 @@ from condgan.models import (
     NoiseEncoder,
     NoiseEncoderConfig,
 )
+from condgan.ranks import ALONE, Ranks, share_statistics
 
 MAX_SKIPPED_IN_A_ROW = 5
 FOUND_NOISE_STD = 0.15
-"""Standard deviation of what is added to the noise that the noise encoder finds: it must leave room around each."""
+"""Standard deviation of what is added to the code that the noise encoder finds: it must leave room around each."""
+CHANCE_WEIGHT = 0.01
+"""Weight of the losses of the place model and the mapping: no other weight feels them."""
 CHANGED_WEIGHT = 5.0
 """Weight of a changed pixel in the reconstruction loss, where an unchanged one has 1."""
 
@@ -46,13 +49,13 @@ class TrainConfig:
     images: int = 140 * 16_206
     """Pictures to train on, over both stages; a longer run may go on from a shorter one."""
     reconstruction_images: int = 0
-    """Length of the first stage, in pictures: the noise encoder finds the noise of the real next picture, from which
+    """Length of the first stage, in pictures: the noise encoder finds the code of the real next picture, from which
     the generator must draw it; no discriminator."""
     reconstruction_weight: float = 0.0
     """Adversarial stage: weight of the same reconstruction for half of the pictures; the others get random noise, as
     all do with a weight of 0."""
     batch_scenes: int = 11
-    """Scenes a step; every turn of a scene is one picture."""
+    """Scenes a step, over all ranks; every turn of a scene is one picture."""
     lr_generator: float = 1e-4
     lr_discriminator: float = 4e-4
     lr_encoder: float = 1e-3
@@ -106,7 +109,14 @@ PRESETS: dict[str, TrainConfig] = {
     "reference-code": TrainConfig(objective="reference-code", lr_encoder=3e-4),
     "compact": TrainConfig(
         generator=GeneratorConfig(
-            width=24, z_dim=6, output="blend", places=True, window=40, noise_in_norm=True, light_components=64
+            width=24,
+            z_dim=6,
+            output="blend",
+            places=True,
+            window=40,
+            noise_in_norm=True,
+            mapping=True,
+            light_components=64,
         ),
         discriminator=DiscriminatorConfig(width=32, places=True, window=40, spectral_norm=False),
         objective="relativistic",
@@ -126,6 +136,31 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 
+class Part(NamedTuple):
+    """Some of the scenes of a step: those that one rank has on its device at once."""
+
+    first: int
+    """Number of the first scene."""
+    size: int
+    """How many they are."""
+    total: int
+    """Scenes of the whole step."""
+
+    @property
+    def scenes(self) -> slice:
+        """Where they are among all scenes of the step."""
+        return slice(self.first, self.first + self.size)
+
+    def pictures(self, turns: int) -> slice:
+        """Where their turns are among those of all scenes."""
+        return slice(self.first * turns, (self.first + self.size) * turns)
+
+    @property
+    def share(self) -> float:
+        """Weight of a mean over these scenes in the mean over all."""
+        return self.size / self.total
+
+
 class Batch(NamedTuple):
     """The turns of a few scenes, flattened: N = scenes x turns, scene by scene."""
 
@@ -137,6 +172,30 @@ class Batch(NamedTuple):
     """(scenes, turns, K) multi-hot."""
     places: Tensor | None
     """(N, 2) pixels, for models that know places."""
+    part: Part
+    """Which scenes of the step they are."""
+
+    @property
+    def turns(self) -> int:
+        """Turns of each scene."""
+        return self.objects.shape[1]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """What the mean of these pictures' values, (N,), adds to the mean over all pictures of the step."""
+        return values.mean() * self.part.share
+
+    def rows(self, values: Tensor) -> Tensor:
+        """These pictures' rows of what was drawn for all pictures of the step."""
+        return values[self.part.pictures(self.turns)].to(self.images.device)
+
+
+class Losses(NamedTuple):
+    """What a batch adds to the losses of a step."""
+
+    minimised: dict[tuple[str, ...], Tensor]
+    """By the names of the optimizers that minimise them."""
+    reported: dict[str, Tensor]
+    """By the names that the log gives them."""
 
 
 class TrainingScenes:
@@ -171,17 +230,17 @@ class TrainingScenes:
         middle = (self.pixels.shape[-1] - 1) / 2
         return places.nan_to_num(middle)  # a hidden object: nothing visible changed
 
-    def batch(self, step: int, size: int, seed: int) -> Batch:
-        """The scenes of one step: every epoch is a permutation, a function of seed and step only."""
-        wanted = torch.arange(step * size, (step + 1) * size)
+    def batch(self, step: int, size: int, seed: int, part: Part | None = None) -> Batch:
+        """The scenes of one step, or a part of them: every epoch is a permutation, a function of seed and step only."""
+        part = part or Part(0, size, size)
         scenes = []
-        for position in wanted.tolist():
+        for position in range(step * size, (step + 1) * size)[part.scenes]:
             epoch, offset = divmod(position, len(self.pixels))
             scenes.append(int(self._permutation(epoch, seed)[offset]))
         images = self.pixels[scenes].float() / 127.5 - 1
         objects = F.one_hot(self.objects[scenes], self.num_objects).float()
         places = None if self.places is None else self.places[scenes].flatten(0, 1)
-        return Batch(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1), objects, places)
+        return Batch(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1), objects, places, part)
 
     def _permutation(self, epoch: int, seed: int) -> Tensor:
         if getattr(self, "_epoch", None) != (epoch, seed):
@@ -194,6 +253,21 @@ def _step_rng(seed: int, step: int, purpose: str) -> torch.Generator:
     """A random source of its own for every step and purpose, so that resuming needs no random state."""
     salt = sum(ord(letter) * 257**i for i, letter in enumerate(purpose))
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_000_033 + salt % 1_000_033)
+
+
+def _own_parts(scenes: int, ranks: Ranks, accumulate: int) -> list[Part]:
+    """Which of a step's scenes this rank takes: consecutive ones of equal number, or one more or less, in each part."""
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+    count = ranks.count * accumulate
+    if count > scenes:
+        raise ValueError(
+            f"batch_scenes is {scenes}, too few for {ranks.count} ranks with {accumulate} parts each: "
+            f"take more scenes a step, or fewer ranks or parts"
+        )
+    starts = [scenes * i // count for i in range(count + 1)]
+    ours = range(ranks.rank, count, ranks.count)  # a part is next to those that the other ranks have at the same time
+    return [Part(starts[i], starts[i + 1] - starts[i], scenes) for i in ours]
 
 
 def _rounded(images: Tensor) -> Tensor:
@@ -211,6 +285,11 @@ class Trainer:
         generator: networks that are trained in place.
         discriminator: likewise.
         noise_encoder: likewise; None where the configuration has none.
+        ranks: the processes that train together; each takes its part of every step's scenes.
+        accumulate: parts that pass the networks one after the other, for small memories; their gradients are added up.
+
+    Raises:
+        ValueError: a step has too few scenes for so many ranks and parts.
     """
 
     def __init__(
@@ -220,8 +299,12 @@ class Trainer:
         generator: IterativeGenerator,
         discriminator: DiffDiscriminator,
         noise_encoder: NoiseEncoder | None = None,
+        ranks: Ranks = ALONE,
+        accumulate: int = 1,
     ) -> None:
         self.config = config
+        self.ranks = ranks
+        self.parts = _own_parts(config.batch_scenes, ranks, accumulate)
         self.scenes = scenes
         self.objective = OBJECTIVES[config.objective]
         self.device = next(generator.parameters()).device
@@ -233,6 +316,10 @@ class Trainer:
             self.noise_encoder = noise_encoder.to(memory_format=torch.channels_last).train()
             found = list(noise_encoder.parameters())
         self.ema_generator = copy.deepcopy(generator).eval().requires_grad_(False)
+        if ranks.count > 1:
+            for network in (generator, noise_encoder):
+                if network is not None:
+                    share_statistics(network)
         encoder = list(generator.encoder.parameters())
         others = [p for name, p in generator.named_parameters() if not name.startswith("encoder.")]
         betas = (0.0, config.beta2)
@@ -254,15 +341,33 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One step of the current stage; returns the losses by name, as plain numbers."""
-        batch = self.scenes.batch(self.step, self.config.batch_scenes, self.config.seed)
-        batch = Batch(*(None if t is None else t.to(self.device) for t in batch))  # type: ignore[arg-type]
-        batch = self._mix_own_pictures(batch)
         self._set_learning_rates()
-        losses = self._adversarial_step(batch) if self.adversarial else self._reconstruction_step(batch)
-        self._update_average(len(batch.images))
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        reports = [self._learn_from(part) for part in self.parts]
+        total = self._optimize(torch.stack([torch.stack([*report.values()]) for report in reports]).sum(0))
+        num_images = self.config.batch_scenes * self.scenes.objects.shape[1]
+        self._update_average(num_images)
         self.step += 1
-        self.images += len(batch.images)
-        return losses
+        self.images += num_images
+        return dict(zip(reports[0], total.tolist(), strict=True))
+
+    def _learn_from(self, part: Part) -> dict[str, Tensor]:
+        """Add to the gradients what these scenes say; returns what they add to the losses."""
+        batch = self._mix_own_pictures(self._batch(part))
+        losses = self._adversarial_losses(batch) if self.adversarial else self._reconstruction_losses(batch)
+        for names, loss in losses.minimised.items():
+            loss.backward(inputs=self._parameters(*names), retain_graph=True)
+        return {name: loss.detach() for name, loss in losses.reported.items()}
+
+    def _batch(self, part: Part) -> Batch:
+        batch = self.scenes.batch(self.step, self.config.batch_scenes, self.config.seed, part)
+        *tensors, part = batch
+        return Batch(*(None if x is None else x.to(self.device) for x in tensors), part)  # type: ignore[arg-type, call-arg]
+
+    def _parameters(self, *names: str) -> list[nn.Parameter]:
+        """What the optimizers of these names change."""
+        return [p for name in names for group in self.optimizers[name].param_groups for p in group["params"]]
 
     def _set_learning_rates(self) -> None:
         config = self.config
@@ -283,16 +388,18 @@ class Trainer:
         start = self.config.reconstruction_images
         progress = max(0.0, (self.images - start) / max(1, self.config.images - start))
         rng = _step_rng(self.config.seed, self.step, "own")
-        turns = batch.objects.shape[1]
-        own = torch.rand(len(batch.objects), generator=rng) < self.config.own_pictures * progress
+        turns, part = batch.turns, batch.part
+        chosen = torch.rand(part.total, generator=rng) < self.config.own_pictures * progress  # of all ranks' scenes
+        own = chosen[part.scenes]
         if not own.any():
             return batch
-        count = int(own.sum())
+        count, before_ours = int(own.sum()), int(chosen[: part.first].sum())
+        z = torch.randn(int(chosen.sum()), turns, self.config.generator.z_dim, generator=rng)
+        z = z[before_ours : before_ours + count].to(self.device)
         own = own.to(self.device)
         rows = own.repeat_interleave(turns)
         prev_images = batch.prev_images.clone()
         images = batch.images.clone()
-        z = torch.randn(count, turns, self.config.generator.z_dim, generator=rng).to(self.device)
         places = None if batch.places is None else batch.places[rows].unflatten(0, (count, turns))
         start_images = prev_images[rows].unflatten(0, (count, turns))[:, 0]
         with torch.no_grad(), self._autocast():
@@ -304,20 +411,22 @@ class Trainer:
         prev_images[rows] = before
         return batch._replace(prev_images=prev_images, images=images)
 
-    def _conditions(self, objects: Tensor) -> Tensor:
+    def _conditions(self, batch: Batch) -> Tensor:
         """What the RNN says of every turn, (N, D); of some scenes it reads each turn as if it were the first."""
+        objects = batch.objects
         conditions = roll_conditions(self.generator.encoder, objects)[0]
         rng = _step_rng(self.config.seed, self.step, "history")
-        forgetful = torch.rand(len(objects), generator=rng) < self.config.history_dropout
-        if forgetful.any():
+        forgetful = torch.rand(batch.part.total, generator=rng) < self.config.history_dropout
+        if forgetful.any():  # on every rank alike
             alone, _ = roll_conditions(self.generator.encoder, objects.flatten(0, 1)[:, None])  # (N, 1, D)
-            forgetful = forgetful.to(conditions.device)[:, None, None]
+            forgetful = forgetful[batch.part.scenes].to(conditions.device)[:, None, None]
             conditions = torch.where(forgetful, alone.view_as(conditions), conditions)
         return conditions.flatten(0, 1)
 
     def _noise(self, batch: Batch, purpose: str) -> Tensor:
+        """Standard normal numbers (N, z_dim), those of a picture whatever rank and part it is in."""
         rng = _step_rng(self.config.seed, self.step, purpose)
-        return torch.randn(len(batch.images), self.config.generator.z_dim, generator=rng).to(self.device)
+        return batch.rows(torch.randn(batch.part.total * batch.turns, self.config.generator.z_dim, generator=rng))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
@@ -335,39 +444,57 @@ class Trainer:
         total = total + (weight[:, :, 1:] * error.diff(dim=2).abs()).sum((1, 2, 3))
         return total / (3 * size**2)
 
-    def _found_noise(self, batch: Batch) -> Tensor:
-        """The noise that the noise encoder sees in the real pictures, (N, z_dim), about standard normal."""
+    def _found_code(self, batch: Batch) -> Tensor:
+        """The code that the noise encoder sees in the real pictures, (N, z_dim)."""
         assert self.noise_encoder is not None
         found = self.noise_encoder(batch.prev_images, batch.images, batch.places)
         return (1 - FOUND_NOISE_STD**2) ** 0.5 * found + FOUND_NOISE_STD * self._noise(batch, "around")
 
-    def _place_loss(self, batch: Batch, conditions: Tensor) -> Tensor:
-        if self.generator.place_model is None or batch.places is None:
-            return torch.zeros((), device=self.device)
-        return self.generator.place_model.loss(batch.prev_images, conditions.detach().float(), batch.places).mean()
+    @torch.no_grad()
+    def _random_code(self, batch: Batch, conditions: Tensor) -> Tensor:
+        """The code that the generator makes of random noise, (N, z_dim)."""
+        z = self._noise(batch, "z")
+        mapping = self.generator.mapping
+        return z if mapping is None else mapping(z, conditions.float(), batch.places)
 
-    def _reconstruction_step(self, batch: Batch) -> dict[str, float]:
+    def _chance_losses(self, batch: Batch, conditions: Tensor, code: Tensor | None) -> dict[str, Tensor]:
+        """Of what is left to chance, places and codes: how unlikely the real ones are. The networks are not touched."""
+        conditions = conditions.detach().float()
+        losses = {}
+        if self.generator.place_model is not None and batch.places is not None:
+            losses["place"] = batch.mean(self.generator.place_model.loss(batch.prev_images, conditions, batch.places))
+        if self.generator.mapping is not None and code is not None:
+            code = code.detach().float()
+            losses["mapping"] = batch.mean(self.generator.mapping.loss(code, conditions, batch.places))
+        return losses
+
+    def _reconstruction_losses(self, batch: Batch) -> Losses:
         with self._autocast():
-            conditions = self._conditions(batch.objects)
-            fake = self.generator(self._found_noise(batch), conditions, batch.prev_images, batch.places)
-        reconstruction = self._reconstruction_errors(fake, batch).mean()
-        place = self._place_loss(batch, conditions)
-        self._optimize({("reconstruction",): reconstruction + 0.01 * place})
-        return {"reconstruction": reconstruction.item(), "place": place.item()}
+            conditions = self._conditions(batch)
+            code = self._found_code(batch)
+            fake = self.generator.synthesis(code, conditions, batch.prev_images, batch.places)
+        reconstruction = batch.mean(self._reconstruction_errors(fake, batch))
+        chance = self._chance_losses(batch, conditions, code)
+        minimised = reconstruction + CHANCE_WEIGHT * sum(chance.values())
+        return Losses({("reconstruction",): minimised}, {"reconstruction": reconstruction, **chance})
 
-    def _adversarial_step(self, batch: Batch) -> dict[str, float]:
+    def _adversarial_losses(self, batch: Batch) -> Losses:
         """Both networks learn from one pass of the discriminator, the generator from its weights before the update."""
         objects = batch.objects.flatten(0, 1)
         penalised = self.step % self.config.penalty_interval == 0
-        reconstructs = self.config.reconstruction_weight > 0
-        z = self._noise(batch, "z")
+        found_code = None
         with self._autocast():
-            conditions = self._conditions(batch.objects)
-            if reconstructs:
-                rng = _step_rng(self.config.seed, self.step, "which")
-                found = (torch.rand(len(z), generator=rng) < 0.5).to(z.device)
-                z = torch.where(found[:, None], self._found_noise(batch), z)
-            drawn = self.generator(z, conditions, batch.prev_images, batch.places).float()
+            conditions = self._conditions(batch)
+            if self.config.reconstruction_weight:
+                found_code = self._found_code(batch)
+        code = self._random_code(batch, conditions)
+        if found_code is not None:
+            rng = _step_rng(self.config.seed, self.step, "which")
+            chosen = torch.rand(batch.part.total * batch.turns, generator=rng) < 0.5
+            found, num_found = batch.rows(chosen), chosen.sum().clamp(min=1).to(self.device)
+            code = torch.where(found[:, None], found_code, code)
+        with self._autocast():
+            drawn = self.generator.synthesis(code, conditions, batch.prev_images, batch.places).float()
         fake = _rounded(drawn)  # as users see it: the discriminator shall not judge what rounding hides
         real_input = batch.images.clone().requires_grad_(penalised)
         with self._autocast():
@@ -376,55 +503,58 @@ class Trainer:
             (output.logits.float(), output.object_logits.float()) for output in pair
         )
 
-        discriminator_loss = self.objective.discriminator(
-            real_logits=real_logits,
-            fake_logits=fake_logits,
-            real_object_logits=real_object_logits,
-            fake_object_logits=fake_object_logits,
-            objects=objects,
-        ).mean()
-        generator_loss = self.objective.generator(
-            real_logits=real_logits.detach(),
-            fake_logits=fake_logits,
-            fake_object_logits=fake_object_logits,
-            objects=objects,
-        ).mean()
-        losses = {
-            "discriminator": discriminator_loss.item(),
-            "generator": generator_loss.item(),
-            "gap": (real_logits - fake_logits).mean().item(),
+        discriminator_loss = batch.mean(
+            self.objective.discriminator(
+                real_logits=real_logits,
+                fake_logits=fake_logits,
+                real_object_logits=real_object_logits,
+                fake_object_logits=fake_object_logits,
+                objects=objects,
+            )
+        )
+        generator_loss = batch.mean(
+            self.objective.generator(
+                real_logits=real_logits.detach(),
+                fake_logits=fake_logits,
+                fake_object_logits=fake_object_logits,
+                objects=objects,
+            )
+        )
+        reported = {
+            "discriminator": discriminator_loss,
+            "generator": generator_loss,
+            "gap": batch.mean(real_logits - fake_logits),
         }
         if penalised:
-            penalty = self.objective.penalty(
-                real_logits=real_logits, real=real_input, fake_logits=fake_logits, fake=fake
-            ).mean()
-            losses["penalty"] = penalty.item()
+            penalty = batch.mean(
+                self.objective.penalty(real_logits=real_logits, real=real_input, fake_logits=fake_logits, fake=fake)
+            )
+            reported["penalty"] = penalty
             discriminator_loss = discriminator_loss + self.config.penalty_interval * penalty
-        if reconstructs:
+        if found_code is not None:
             errors = self._reconstruction_errors(drawn, batch)
-            reconstruction = (errors * found).sum() / found.sum().clamp(min=1)
-            losses["reconstruction"] = reconstruction.item()
+            reconstruction = (errors * found).sum() / num_found
+            reported["reconstruction"] = reconstruction
             generator_loss = generator_loss + self.config.reconstruction_weight * reconstruction
-        place = self._place_loss(batch, conditions)
-        losses["place"] = place.item()
-        self._optimize(
-            {("discriminator",): discriminator_loss, ("generator", "encoder"): generator_loss + 0.01 * place}
-        )
-        return losses
+        chance = self._chance_losses(batch, conditions, found_code)
+        generator_loss = generator_loss + CHANCE_WEIGHT * sum(chance.values())
+        minimised = {("discriminator",): discriminator_loss, ("generator", "encoder"): generator_loss}
+        return Losses(minimised, reported | chance)
 
-    def _optimize(self, losses: dict[tuple[str, ...], Tensor]) -> None:
-        """One step of the optimizers, each with its own loss, unless a loss or a gradient is not finite."""
-        parameters = {
-            names: [p for name in names for group in self.optimizers[name].param_groups for p in group["params"]]
-            for names in losses
-        }
-        for ours in parameters.values():
-            for parameter in ours:
-                parameter.grad = None
-        for names, loss in losses.items():
-            loss.backward(inputs=parameters[names], retain_graph=True)
-        grads = [p.grad for ours in parameters.values() for p in ours if p.grad is not None]
-        if not torch.stack([*(x.detach() for x in losses.values()), *torch._foreach_norm(grads)]).isfinite().all():
+    def _optimize(self, losses: Tensor) -> Tensor:
+        """One step of this stage's optimizers, unless a loss or a gradient is not finite.
+
+        Losses (L,) and gradients are what the scenes of this rank add; returned are the losses over all ranks.
+        """
+        names = ("discriminator", "generator", "encoder") if self.adversarial else ("reconstruction",)
+        grads = [p.grad for p in self._parameters(*names) if p.grad is not None]
+        if self.ranks.count > 1:
+            flat = torch.cat([losses, *(grad.flatten() for grad in grads)])
+            self.ranks.sum_(flat)
+            losses, *sums = flat.split([len(losses), *(grad.numel() for grad in grads)])
+            for grad, total in zip(grads, sums, strict=True):
+                grad.copy_(total.view_as(grad))
+        if not torch.cat((losses, torch.stack(torch._foreach_norm(grads)))).isfinite().all():
             self.skipped += 1
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -432,11 +562,11 @@ class Trainer:
                     f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite, "
                     f"the last one at picture {self.images}: lower the learning rate or raise the penalty's weight"
                 )
-            return
+            return losses
         self.skipped_in_a_row = 0
-        for names in losses:
-            for name in names:
-                self.optimizers[name].step()
+        for name in names:
+            self.optimizers[name].step()
+        return losses
 
     @torch.no_grad()
     def _update_average(self, num_images: int) -> None:

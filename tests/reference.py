@@ -19,6 +19,7 @@ from condgan.models import (
     DiffDiscriminator,
     IterativeGenerator,
     NoiseEncoder,
+    NoiseMapping,
     PlaceModel,
     PreviousImageEncoder,
 )
@@ -251,6 +252,15 @@ def generate_turn(
 ) -> Tensor:
     """One turn; with a window it is cut out of each picture, drawn, and put back."""
     size = generator.config.window
+    if generator.mapping is not None:
+        z = torch.stack(
+            [
+                map_noise(
+                    generator.mapping, z[n], condition[n], None if place is None else place[n], prev_image.shape[-1]
+                )
+                for n in range(len(z))
+            ]
+        )
     if place is None:
         return draw(generator, z, condition, prev_image, prev_image)
     if size is None:
@@ -263,6 +273,24 @@ def generate_turn(
     for picture, patch, w in zip(out, drawn, windows, strict=True):
         picture[:, w.top : w.top + size, w.left : w.left + size] = patch
     return out
+
+
+def map_noise(mapping: NoiseMapping, z: Tensor, condition: Tensor, place: Tensor | None, image_size: int) -> Tensor:
+    """The code of one noise: coupling after coupling, the last one first, number by number."""
+    context = mapping.context.weight @ condition + mapping.context.bias
+    if place is not None:
+        context = torch.cat((context, 2 * place / (image_size - 1) - 1))
+    x = z.clone()
+    for number in reversed(range(len(mapping.flow.couplings))):
+        k = len(x)
+        kept = [[i % 2 == 0, i % 2 == 1, i < k // 2, i >= k // 2][number % 4] for i in range(k)]
+        h = torch.cat((x * torch.tensor(kept), context))
+        for layer in mapping.flow.couplings[number]:
+            h = h * sigmoid(h) if isinstance(layer, nn.SiLU) else layer.weight @ h + layer.bias
+        for i in range(k):
+            if not kept[i]:
+                x[i] = x[i] * torch.exp(3 * torch.tanh(h[k + i] / 3)) + h[i]
+    return x
 
 
 def draw(generator: IterativeGenerator, z: Tensor, condition: Tensor, prev_image: Tensor, known: Tensor) -> Tensor:

@@ -174,6 +174,10 @@ def test_version(run: Run) -> None:
         ("generate 'red cube' --at left", "--at: 'left' is neither X,Y in pixels, such as 45,30, nor none"),
         ("generate 'red cube' --at 1,2,3", "--at: '1,2,3' is neither"),
         ("generate 'red cube' --grid --turns", "not allowed with argument"),
+        ("generate 'red cube' --from list.jsonl --out set", "--from: the list says what to draw"),
+        ("generate --from list.jsonl --out set --at none", "--at: not allowed with argument --from"),
+        ("generate --from list.jsonl --out set --verify", "--verify: not allowed with argument --from"),
+        ("generate --from list.jsonl", "--from: needs --out, the folder of the set"),
         ("generate 'red cube' --see 7", "unrecognized arguments: --see 7"),  # no abbreviations: they break scripts
         ("add photo.png", "required: OBJECT"),
         ("prepare", "required: DATA_DIR"),
@@ -458,6 +462,35 @@ def test_add_takes_the_options_of_generate(run: Run, iclevr: Path) -> None:
         assert sheet.size == (2 * 66 - 2, 2 * 66 - 2)
 
 
+def test_a_list_is_drawn_by_any_number_of_processes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("list.jsonl").write_text('["red cube"]\n{"conditions": ["blue sphere"], "num_images": 2}\n')
+    argv = ("generate", "--from", "list.jsonl", "--shard-size", 2, "--seed", 7, "--out")
+    report = run(*argv, "alone", "--json").json
+    assert report == {"out": "alone", "pictures": 3, "shards": 2, "drawn": 3, "skipped": 0}
+    assert run(*argv, "alone").out == "alone: 3 pictures in 2 tar files; 0 drawn now, 3 were there\n"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, text in (
+        ("1", ""),
+        ("0", "shared: 3 pictures in 2 tar files; 2 drawn now, by process 0 of 2, 0 were there\n"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        assert run(*argv, "shared").out == text
+    for name in ("00000.tar", "00001.tar", "set.json"):
+        assert Path("alone", name).read_bytes() == Path("shared", name).read_bytes()
+
+
+def test_a_list_with_a_wrong_line_is_one_line_of_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("list.jsonl").write_text('["red cube"]\n["red cone"]\n')
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    outcome = run("generate", "--from", "list.jsonl", "--out", "set")
+    assert outcome.status == 1
+    assert re.fullmatch(r"condgan generate, rank 1: error: line 2 of 'list.jsonl': .*red cone.*\n", outcome.err)
+    outcome = run("generate", "--from", "none.jsonl", "--out", "set")
+    assert outcome.status == 1
+    assert "none.jsonl" in outcome.err
+
+
 # --- info and list ------------------------------------------------------------------------------------------------
 
 
@@ -556,7 +589,7 @@ def test_train_changes_fields_of_a_preset(run: Run, asked: list[tuple[Any, ...]]
     run("train", "--data", "data", "--out", "run", *fields, "--images", 1000, "--seed", 3, "--batch-scenes", 2)
     ((data, out, config, options),) = asked
     assert (data, out) == (Path("data"), Path("run"))
-    assert options == {"device": None, "progress": False}
+    assert options == {"device": None, "accumulate": 1, "progress": False}
     changed = {name for name in vars(config) if getattr(config, name) != getattr(PRESETS["compact"], name)}
     assert changed == {
         *("generator", "discriminator", "init_generator", "lr_generator", "bf16", "images", "seed", "batch_scenes")
@@ -582,6 +615,11 @@ def test_train_takes_every_preset(preset: str, run: Run, asked: list[tuple[Any, 
     ((_, _, config, options),) = asked
     assert config == PRESETS[preset]
     assert options["device"] == "cpu"
+
+
+def test_a_run_can_take_its_scenes_in_parts(run: Run, asked: list[tuple[Any, ...]]) -> None:
+    run("train", "--data", "data", "--out", "run", "--accumulate", 4)
+    assert asked[0][-1]["accumulate"] == 4
 
 
 def test_train_and_draw(run: Run, packed: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from condgan.flow import CouplingFlow
+from condgan.flow import ConditionalFlow, CouplingFlow
 
 
 def bend(count: int, seed: int) -> Tensor:
@@ -156,3 +157,55 @@ def test_independent_normal_numbers_are_left_almost_alone() -> None:
     flow.fit(torch.randn(300, 3, generator=rng), epochs=10)
     new = torch.randn(1000, 3, generator=rng)
     assert (flow.log_prob(new) - normal_log_prob(new)).mean() > -0.1
+
+
+# Conditional
+
+
+def turned(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A context in [-1, 1], (count, 1), and points near a circle, (count, 2), at an angle that follows from it."""
+    rng = torch.Generator().manual_seed(seed)
+    context = torch.rand(count, 1, generator=rng) * 2 - 1
+    angle = 2 * context[:, 0] + 0.2 * torch.randn(count, generator=rng)
+    return context, 1.4 * torch.stack((angle.cos(), angle.sin()), 1) + 0.05 * torch.randn(count, 2, generator=rng)
+
+
+def test_a_fresh_conditional_flow_changes_nothing() -> None:
+    noise, context = torch.randn(5, 3), torch.randn(5, 4)
+    flow = ConditionalFlow(3, 4)
+    assert torch.equal(flow(noise, context), noise)
+    torch.testing.assert_close(flow.log_prob(noise, context), normal_log_prob(noise))
+
+
+def test_the_names_and_shapes_of_a_conditional_checkpoint_are_for_ever() -> None:
+    state = ConditionalFlow(3, 4, hidden_dim=5, couplings=2).state_dict()
+    shapes = {
+        "0.weight": (5, 7),
+        "0.bias": (5,),
+        "2.weight": (5, 5),
+        "2.bias": (5,),
+        "4.weight": (6, 5),
+        "4.bias": (6,),
+    }
+    expected = {f"couplings.{i}.{name}": shape for i in range(2) for name, shape in shapes.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
+
+
+def test_a_conditional_flow_learns_what_follows_from_the_context() -> None:
+    torch.manual_seed(0)
+    flow = ConditionalFlow(2, 1, hidden_dim=32)
+    context, x = turned(1000, seed=1)
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+    for _ in range(150):
+        loss = -flow.log_prob(x, context).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        context, new = turned(1000, seed=2)
+        drawn = flow(torch.randn(1000, 2), context)
+        assert (flow.log_prob(new, context) - normal_log_prob(new)).mean() > 1.5, "nats"
+        assert (flow.log_prob(new, context) - flow.log_prob(new, context.flip(0))).mean() > 1.5
+    assert (drawn.norm(dim=1) - 1.4).abs().median() < 0.2, "on the circle, where normal numbers hardly are"
+    wanted = torch.cat((torch.cos(2 * context), torch.sin(2 * context)), 1)
+    assert F.cosine_similarity(drawn, wanted).median() > 0.95

@@ -27,6 +27,7 @@ from condgan.models import (
     IterativeGenerator,
     NoiseEncoder,
     NoiseEncoderConfig,
+    NoiseMapping,
     PlaceModel,
     PreviousImageEncoder,
 )
@@ -36,13 +37,13 @@ GENERATORS = [
     GeneratorConfig(width=4, output="blend"),
     GeneratorConfig(width=4, output="blend", places=True, noise_in_norm=True, light_components=2, z_dim=7),
     GeneratorConfig(width=4, places=True, condition_dim=12, objects=("dot", "dash")),
-    GeneratorConfig(image_size=32, width=4, noise_in_norm=True),
+    GeneratorConfig(image_size=32, width=4, noise_in_norm=True, mapping=True, z_dim=6),
     GeneratorConfig(image_size=32, width=4, output="blend", places=True),
     GeneratorConfig(image_size=128, width=4),
     GeneratorConfig(image_size=128, width=4, output="blend", places=True, noise_in_norm=True),
 ]
 WINDOWED_GENERATORS = [
-    GeneratorConfig(width=4, z_dim=7, output="blend", places=True, window=40, noise_in_norm=True),
+    GeneratorConfig(width=4, z_dim=7, output="blend", places=True, window=40, noise_in_norm=True, mapping=True),
     GeneratorConfig(width=4, z_dim=7, places=True, window=40),
     GeneratorConfig(image_size=32, width=4, output="blend", places=True, window=32),
     GeneratorConfig(image_size=128, width=4, output="blend", places=True, window=24),
@@ -320,7 +321,7 @@ def test_the_discriminator_subtracts_after_its_third_block(reference_discriminat
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("config", GENERATORS[:4] + WINDOWED_GENERATORS[:2], ids=config_name)
+@pytest.mark.parametrize("config", GENERATORS[:5] + WINDOWED_GENERATORS[:2], ids=config_name)
 @torch.no_grad()
 def test_a_turn_equals_the_plain_version(config: GeneratorConfig, training: bool) -> None:
     generator = randomise(IterativeGenerator(config)).double().train(training)
@@ -432,6 +433,36 @@ def test_every_input_of_a_generator_makes_a_difference(config: GeneratorConfig) 
         if argument is not None:
             changed = (*arguments[:i], argument.flip(0), *arguments[i + 1 :])
             assert (generator(*changed) - image).abs().max() > 1e-4, i
+
+
+@torch.no_grad()
+def test_a_turn_is_the_mapping_and_then_the_synthesis() -> None:
+    generator = randomise(IterativeGenerator(WINDOWED_GENERATORS[0]))
+    assert generator.mapping is not None
+    z, condition, prev_image, place = generator_input(generator.config)
+    code = generator.mapping(z, condition, place)
+    assert torch.equal(
+        generator.synthesis(code, condition, prev_image, place), generator(z, condition, prev_image, place)
+    )
+    others = [generator.mapping(z.flip(0), condition, place), generator.mapping(z, condition.flip(0), place)]
+    for other in (*others, generator.mapping(z, condition, place.flip(0))):
+        assert (other - code).abs().amin(1).max() > 1e-3, "every number depends on noise, object and place"
+    with pytest.raises(ValueError, match=r"z must be \(2, 7\), got \(2, 6\)"):
+        generator.synthesis(code[:, :6], condition, prev_image, place)
+
+
+@torch.no_grad()
+def test_the_loss_of_a_mapping_is_how_unlikely_a_code_is() -> None:
+    mapping = randomise(NoiseMapping(WINDOWED_GENERATORS[0])).double()
+    z, condition, _, place = generator_input(WINDOWED_GENERATORS[0], dtype=torch.float64)
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda z, n=n: mapping(z[None], condition[n, None], place[n, None])[0], z[n])
+        for n in range(2)
+    ]
+    stretch = torch.linalg.slogdet(torch.stack(jacobians)).logabsdet
+    assert stretch.abs().min() > 1e-3
+    normal = torch.distributions.Normal(0, 1).log_prob(z).sum(1)
+    torch.testing.assert_close(mapping.loss(mapping(z, condition, place), condition, place), stretch - normal)
 
 
 @every_generator
@@ -1000,6 +1031,7 @@ def test_the_place_model_names_bad_input(bad: str) -> None:
         ({"z_dim": -1}, "z_dim must be a whole number of at least 0, got -1"),
         ({"num_turns": 0}, "num_turns must be a whole number of at least 1, got 0"),
         ({"light_components": -1}, "light_components must be a whole number of at least 0, got -1"),
+        ({"mapping": True, "z_dim": 1}, "mapping needs a z_dim of at least 2, got 1"),
         ({"output": "sigmoid"}, "output must be 'tanh' or 'blend', got 'sigmoid'"),
     ],
 )

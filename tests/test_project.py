@@ -26,16 +26,17 @@ PACKAGE = ROOT / "condgan"
 
 # Imports go one way: a module uses only modules of the groups above its own.
 GROUPS = (
-    ("vocab", "layers", "losses", "hub", "images", "flow"),
+    ("vocab", "layers", "losses", "hub", "images", "flow", "ranks"),
     ("functional", "requests"),
     ("canvas", "classifier", "counter"),
     ("results",),
     ("drawing",),
     ("models",),
-    ("datasets", "metrics", "layout"),
+    ("datasets", "metrics", "layout", "shards"),
     ("scenes", "report", "features"),
     ("measures", "realism"),
-    ("prepare", "training", "evaluation"),
+    ("prepare", "evaluation"),
+    ("training",),
     ("runs",),
     ("cli",),
     ("__init__", "__main__"),

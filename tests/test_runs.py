@@ -79,10 +79,11 @@ def test_a_stopped_run_finishes_its_step_first(
 ) -> None:
     optimize = Trainer._optimize
 
-    def stop_in_the_middle(trainer: Trainer, losses: dict[tuple[str, ...], torch.Tensor]) -> None:
-        optimize(trainer, losses)
+    def stop_in_the_middle(trainer: Trainer, losses: torch.Tensor) -> torch.Tensor:
+        losses = optimize(trainer, losses)
         if trainer.step == 5:  # of the adversarial stage, before the averaged weights and the counters hear of it
             os.kill(os.getpid(), number)
+        return losses
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -41,7 +41,7 @@ def test_the_stages_train_what_they_say(data: Path) -> None:
         trainer.train_step()
     generator = {name: p.clone() for name, p in trainer.generator.named_parameters()}
     losses = trainer.train_step()
-    assert {"discriminator", "generator", "penalty", "reconstruction", "place"} <= losses.keys()
+    assert {"discriminator", "generator", "penalty", "reconstruction", "place", "mapping"} <= losses.keys()
     assert not any(torch.equal(p, before[name]) for name, p in trainer.discriminator.named_parameters() if p.ndim > 1)
     assert not any(torch.equal(p, generator[name]) for name, p in trainer.generator.named_parameters() if p.ndim > 1)
     assert all(p.requires_grad for p in trainer.discriminator.parameters())
@@ -53,8 +53,9 @@ def test_reconstruction_gets_nearer_to_the_real_pictures(data: Path) -> None:
 
     @torch.no_grad()
     def error() -> float:
-        conditions = trainer._conditions(batch.objects)
-        fake = trainer.generator(trainer._found_noise(batch), conditions, batch.prev_images, batch.places)
+        conditions = trainer._conditions(batch)
+        code = trainer._found_code(batch)
+        fake = trainer.generator.synthesis(code, conditions, batch.prev_images, batch.places)
         return float(trainer._reconstruction_errors(fake, batch).mean())
 
     before = error()
@@ -63,33 +64,51 @@ def test_reconstruction_gets_nearer_to_the_real_pictures(data: Path) -> None:
     assert error() < 0.9 * before
 
 
-def test_found_noise_keeps_a_little_room_and_unit_variance(data: Path) -> None:
+def test_found_codes_keep_a_little_room_and_unit_variance(data: Path) -> None:
     trainer = make_trainer(data)
     batch = trainer.scenes.batch(0, 4, 0)
     assert trainer.noise_encoder is not None
     with torch.no_grad():
         trainer.noise_encoder.linear.weight *= 1000  # a fresh one hardly sees a difference between pictures
         found = trainer.noise_encoder(batch.prev_images, batch.images, batch.places)
-        noise = trainer._found_noise(batch)
+        code = trainer._found_code(batch)
     torch.testing.assert_close(found.var(0, unbiased=False), torch.ones(found.shape[1]), rtol=1e-2, atol=0)
-    assert (noise - found).std() == pytest.approx(0.15, rel=0.3)
-    assert (noise * found).mean(0).min() > 0.9
+    assert (code - found).std() == pytest.approx(0.15, rel=0.3)
+    assert (code * found).mean(0).min() > 0.9
 
 
-def test_half_of_the_pictures_are_drawn_from_the_noise_that_was_found(data: Path) -> None:
-    trainer = make_trainer(data)
-    trainer.images = RUN.reconstruction_images
-    seen: list[torch.Tensor] = []
-    hook = trainer.generator.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    for _ in range(20):
-        trainer.step += 1
-        trainer._adversarial_step(trainer.scenes.batch(trainer.step, 3, 0))
-    hook.remove()
-    random = []
+@pytest.mark.parametrize("mapping", [False, True])
+def test_half_of_the_pictures_are_drawn_with_the_code_that_was_found(
+    data: Path, mapping: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(
+        data, dataclasses.replace(RUN, generator=dataclasses.replace(RUN.generator, mapping=mapping))
+    )
+    synthesis, random_code = trainer.generator.synthesis, trainer._random_code
+    drawn, random = [], []
+    monkeypatch.setattr(
+        trainer.generator, "synthesis", lambda code, *args: drawn.append(code) or synthesis(code, *args)
+    )
+    monkeypatch.setattr(trainer, "_random_code", lambda *args: random.append(random_code(*args)) or random[-1])
     for trainer.step in range(1, 21):
-        random.append(trainer._noise(trainer.scenes.batch(0, 3, 0), "z"))
-    share = (torch.stack(seen) == torch.stack(random)).all(2).float().mean()
+        trainer.images = RUN.reconstruction_images
+        trainer.train_step()
+    share = (torch.stack(drawn) == torch.stack(random)).all(2).float().mean()
     assert 0.35 < share < 0.65
+    noise = torch.stack([trainer._noise(trainer.scenes.batch(0, 3, 0), "z") for trainer.step in range(1, 21)])
+    assert torch.equal(torch.stack(random), noise) is not mapping, "a mapping maps, and nothing else does"
+
+
+def test_the_mapping_learns_the_codes_that_are_found_and_nothing_else_feels_it(data: Path) -> None:
+    trainer = make_trainer(data, dataclasses.replace(RUN, reconstruction_images=10_000, lr_reconstruction=1e-2))
+    batch = trainer.scenes.batch(0, 4, 0)
+    conditions, code = trainer._conditions(batch), trainer._found_code(batch)
+    trainer._chance_losses(batch, conditions, code)["mapping"].backward()
+    moved = {name for name, p in trainer.generator.named_parameters() if p.grad is not None}
+    assert moved == {f"mapping.{name}" for name, _ in trainer.generator.mapping.named_parameters()}
+    assert all(p.grad is None for p in trainer.noise_encoder.parameters())
+    losses = [trainer.train_step()["mapping"] for _ in range(120)]
+    assert sum(losses[-10:]) < sum(losses[:10]) - 10, "nats, by one each"
 
 
 def test_the_discriminator_sees_rounded_pictures_and_the_gradient_passes() -> None:
@@ -105,12 +124,12 @@ def test_the_discriminator_sees_rounded_pictures_and_the_gradient_passes() -> No
 
 def test_without_history_every_turn_is_read_as_a_first_one(data: Path) -> None:
     trainer = make_trainer(data, dataclasses.replace(RUN, history_dropout=1.0))
-    objects = trainer.scenes.batch(0, 3, 0).objects
-    conditions = trainer._conditions(objects)
+    batch = trainer.scenes.batch(0, 3, 0)
+    objects, conditions = batch.objects, trainer._conditions(batch)
     for turn in range(3):
         first = trainer.generator.encoder(objects[:, turn])[0]
         torch.testing.assert_close(conditions.unflatten(0, (3, 3))[:, turn], first)
-    rolled = make_trainer(data, dataclasses.replace(RUN, history_dropout=0.0))._conditions(objects)
+    rolled = make_trainer(data, dataclasses.replace(RUN, history_dropout=0.0))._conditions(batch)
     assert not torch.allclose(rolled, conditions)
 
 

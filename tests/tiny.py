@@ -11,7 +11,15 @@ from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator
 from condgan.training import TrainConfig
 
 COMPACT = GeneratorConfig(
-    width=4, z_dim=6, condition_dim=12, output="blend", places=True, window=40, noise_in_norm=True, light_components=3
+    width=4,
+    z_dim=6,
+    condition_dim=12,
+    output="blend",
+    places=True,
+    window=40,
+    noise_in_norm=True,
+    mapping=True,
+    light_components=3,
 )
 REFERENCE = GeneratorConfig(width=4, z_dim=6, condition_dim=12)
 SCENES = [
@@ -32,6 +40,7 @@ RUN = TrainConfig(
         places=True,
         window=32,
         noise_in_norm=True,
+        mapping=True,
         light_components=2,
     ),
     discriminator=DiscriminatorConfig(width=4, condition_dim=8, places=True, window=32, spectral_norm=False),

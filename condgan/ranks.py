@@ -1,0 +1,233 @@
+"""Several processes that train one model (``torchrun``): who they are, sums over all of them, batch norm over all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for another, which may be writing a checkpoint or fitting the canvas on a slower machine."""
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What ``torchrun`` sets."""
+
+
+class RankLost(RuntimeError):
+    """Another process of the same run has gone, or has not answered for :data:`PATIENCE`."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that work together, and which of them this is."""
+
+    rank: int = 0
+    """Number of this process."""
+    count: int = 1
+    """How many there are."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """What this process computes on."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replace a contiguous tensor by its sum over all ranks, which is the same to the last bit on each.
+
+        Raises:
+            RankLost: another rank has gone.
+        """
+        if self.count > 1:
+            _all_reduce(tensor)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on any rank; no rank goes on before all have come here.
+
+        Raises:
+            RankLost: another rank has gone.
+        """
+        if self.count == 1:
+            return flag
+        total = torch.tensor(float(flag), device=self.device)
+        self.sum_(total)
+        return bool(total)
+
+    def check_same(self, number: int, message: str) -> None:
+        """Raise a ValueError with this message on every rank unless the number is the same on all.
+
+        Raises:
+            RankLost: another rank has gone.
+            ValueError: it is not.
+        """
+        numbers = torch.zeros(self.count, dtype=torch.int64, device=self.device)
+        numbers[self.rank] = number
+        self.sum_(numbers)
+        if (numbers != number).any():
+            raise ValueError(f"{message}; rank 0 to {self.count - 1}: {numbers.tolist()}")
+
+    @torch.no_grad()
+    def copy_from_first(self, module: nn.Module) -> None:
+        """Give the module the weights and buffers that it has on rank 0.
+
+        Raises:
+            RankLost: another rank has gone.
+        """
+        if self.count == 1:
+            return
+        for value in module.state_dict().values():
+            sent = value.contiguous() if self.leads else torch.zeros_like(value, memory_format=torch.contiguous_format)
+            _all_reduce(sent)  # zeros but for one: a broadcast
+            value.copy_(sent)
+
+
+ALONE = Ranks()
+
+
+@contextlib.contextmanager
+def joined(device: str | None = None) -> Iterator[Ranks]:
+    """Meet the other processes that ``torchrun`` has started, or those of a process group that is there already.
+
+    Args:
+        device: such as ``cuda``, which is another GPU for every process of a machine; None takes a GPU if there is one.
+
+    Yields:
+        :class:`Ranks`; a process that was started alone is the only one.
+
+    Raises:
+        ValueError: more processes were started on this machine than it has GPUs.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size(), own_device(device))
+        return
+    launched = dist.is_available() and all(name in os.environ for name in LAUNCH_VARIABLES)
+    if not launched or int(os.environ["WORLD_SIZE"]) == 1:
+        yield Ranks(device=own_device(device))
+        return
+    own = own_device(device)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=PATIENCE)
+    agreed = False
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), own)
+        agreed = True
+    except KeyboardInterrupt:
+        agreed = True
+        raise
+    finally:
+        if agreed:  # after an error the others may never come: do not wait for them
+            dist.destroy_process_group()
+
+
+def own_device(device: str | None = None) -> torch.device:
+    """Of the GPUs of a machine the one with the number that ``torchrun`` gives this process there.
+
+    Args:
+        device: such as ``cpu``, which is taken as it is; None takes a GPU if there is one.
+
+    Raises:
+        ValueError: the machine has fewer GPUs than processes.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cuda" or "LOCAL_RANK" not in os.environ:
+        return torch.device(device)
+    number = int(os.environ["LOCAL_RANK"])
+    gpus = torch.cuda.device_count()
+    if number >= gpus:
+        raise ValueError(
+            f"device: process {number} of this machine has none of its {gpus} GPUs: start {gpus} processes or fewer"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def _all_reduce(tensor: Tensor) -> None:
+    try:
+        dist.all_reduce(tensor)
+    except RuntimeError as error:
+        raise RankLost(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} has lost another rank, so that all stop"
+        ) from error
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over ranks that can be differentiated any number of times."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        _all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        return _SumOverRanks.apply(*gradients)  # what each rank's loss says of the one sum that all of them saw
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch norm that in training mode takes mean and variance over the batches of all ranks.
+
+    The same up to rounding as plain batch norm on their concatenation, in its gradients too; ranks may have batches of
+    different sizes. It needs a process group, and every rank must call it equally often.
+
+    Args:
+        norm: the plain layer, whose weights and buffers it shares.
+
+    Shape:
+        x: (N, C, ...).
+        output: as ``x``.
+
+    Source: Peng et al. 2018 (MegDet), arXiv:1711.07240, section 3.3. Unlike ``torch.nn.SyncBatchNorm`` it works on the
+    CPU and can be differentiated twice.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.train(norm.training)
+
+    def _check_input_dim(self, input: Tensor) -> None:  # what the base class asks for
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        assert self.running_mean is not None and self.momentum is not None
+        x = input.to(self.running_mean.dtype)  # as precise as the statistics
+        dims = [0, *range(2, x.ndim)]
+        var, mean = torch.var_mean(x, dims, correction=0)
+        off = mean - self.running_mean  # from what all ranks know: their squares then lose no digits
+        weight = x.numel() / self.num_features
+        sums = _SumOverRanks.apply(weight * torch.cat((off, var + off.square(), torch.ones_like(off[:1]))))
+        off, square = (sums[:-1] / sums[-1]).chunk(2)
+        mean, var = self.running_mean + off, (square - off.square()).clamp(min=0)
+        self._update_running(mean.detach(), var.detach() * (sums[-1] / (sums[-1] - 1)).detach())
+        scale = torch.rsqrt(var + self.eps)
+        shift = -mean * scale
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        ends = [1] * (x.ndim - 2)
+        return torch.addcmul(shift.view(-1, *ends), x, scale.view(-1, *ends)).to(input.dtype)
+
+    def _update_running(self, mean: Tensor, var: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var, self.momentum)
+
+
+def share_statistics(module: nn.Module) -> None:
+    """Turn every batch norm inside a module, in place, into a :class:`GlobalBatchNorm`."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, _BatchNorm):
+                setattr(parent, name, GlobalBatchNorm(child))

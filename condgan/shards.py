@@ -1,0 +1,265 @@
+"""Drawing a large set: a list of scenes in a file, pictures in tar files, by one process or several, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from condgan.drawing import Redraw
+from condgan.models import IterativeGenerator
+from condgan.requests import MAX_SEED, Place, parse_request, parse_whole
+from condgan.results import Drawing
+
+DESCRIPTION = "set.json"
+"""File that says what a folder holds."""
+KEYS = ("conditions", "seed", "places", "num_images")
+"""What a line of the list may say of its scene."""
+CHUNK = 64
+"""Pictures that are drawn before they are written."""
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """What :func:`draw_set` did."""
+
+    out: Path
+    """The folder."""
+    pictures: int
+    """In the whole set."""
+    shards: int
+    """In the whole set."""
+    drawn: int
+    """Pictures that this call drew; those of other processes and of earlier calls are not counted."""
+    skipped: int
+    """Pictures of this process that were there already."""
+
+
+class Asked(NamedTuple):
+    """One picture of a set."""
+
+    number: int
+    """Its number in the set, from 0."""
+    line: int
+    """The line of the list that asks for it, from 1."""
+    scene: list[str]
+    places: list[Place | None] | None
+    seed: int
+
+
+def draw_set(
+    generator: IterativeGenerator,
+    source: str | Path,
+    out: str | Path,
+    *,
+    num_images: int = 1,
+    seed: int = 0,
+    best_of: int = 1,
+    redraw: Redraw = "picture",
+    shard_size: int = 1000,
+    rank: int = 0,
+    count: int = 1,
+    progress: bool = True,
+) -> SetReport:
+    """Draw all scenes of a list into tar files, as many as there are; what is there already is not drawn again.
+
+    A line of the list is JSON: the objects of one scene, such as ``["red cube", "blue sphere"]``, or an object with
+    ``conditions`` (those) and, as needed, ``seed``, ``places`` (for each object ``[x, y]`` or null) and ``num_images``.
+    Blank lines are passed over. Picture n of the set, from 0, has the seed ``seed + n`` unless its line gives one; more
+    images of that line then have the seeds that follow.
+
+    ``out`` gets ``00000.tar``, ``00001.tar``, ... in the layout of WebDataset, with ``000000000.png`` and
+    ``000000000.json`` for each picture, and ``set.json``, which says what the set is. A tar file is there whole or not
+    at all, and its bytes depend on the list, the model and the arguments only, not on how many processes there are.
+    Memory does not grow with the list.
+
+    Args:
+        generator: the model, on the device it shall draw on.
+        source: the list, a JSON Lines file in UTF-8; read twice, first to check every line.
+        out: the folder; made if it is not there.
+        num_images: pictures of a line that does not say.
+        seed: of the first picture.
+        best_of: candidates of each picture, as in :meth:`condgan.IterativeGenerator.generate`.
+        redraw: what ``best_of`` is about, likewise.
+        shard_size: pictures a tar file.
+        rank: number of this process, from 0; it draws every ``count``-th tar file.
+        count: how many processes draw this set.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        :class:`SetReport`.
+
+    Raises:
+        OSError: the list cannot be read, or the folder cannot be written.
+        TypeError: an argument has the wrong type.
+        ValueError: a line is wrong, which the message names; the list is empty; or ``out`` holds another set.
+    """
+    source, out = Path(source), Path(out)
+    num_images = parse_whole("num_images", num_images, 1)
+    seed, shard_size = parse_whole("seed", seed, 0), parse_whole("shard_size", shard_size, 1)
+    total = sum(1 for _ in _asked(generator, source, num_images, seed))
+    if total == 0:
+        raise ValueError(f'{str(source)!r} has no lines: write one scene a line, such as ["red cube"]')
+    settings = {"num_images": num_images, "seed": seed, "best_of": best_of, "redraw": redraw, "shard_size": shard_size}
+    _claim(out, {"pictures": total, "list": _digest_of_file(source), "model": _digest_of_model(generator), **settings})
+    shards = -(-total // shard_size)
+    ours = {shard: min(shard_size, total - shard * shard_size) for shard in range(rank, shards, count)}
+    left = {shard for shard in ours if not _tar(out, shard).exists()}
+    drawn = sum(ours[shard] for shard in left)
+    skipped = sum(ours.values()) - drawn
+    with tqdm(total=drawn + skipped, initial=skipped, unit="img", desc=str(out), disable=not progress) as bar:
+        pictures = _asked(generator, source, num_images, seed)
+        for shard, asked in itertools.groupby(pictures, lambda picture: picture.number // shard_size):
+            if shard in left:
+                with _new_tar(_tar(out, shard)) as tar:
+                    while chunk := list(itertools.islice(asked, CHUNK)):
+                        for drawing, those in _drawn(generator, chunk, best_of, redraw):
+                            _write(tar, drawing, those)
+                        bar.update(len(chunk))
+    return SetReport(out, total, shards, drawn, skipped)
+
+
+def _asked(generator: IterativeGenerator, source: Path, num_images: int, seed: int) -> Iterator[Asked]:
+    """The pictures of a list, one after the other; only one line is in memory."""
+    index = 0
+    with source.open("rb") as file:
+        for line_number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                scene, places, own_seed, count = _parse_line(generator, line)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"line {line_number} of {str(source)!r}: {error}") from None
+            for n in range(num_images if count is None else count):
+                picture_seed = seed + index if own_seed is None else own_seed + n
+                yield Asked(index, line_number, scene, places, picture_seed % (MAX_SEED + 1))
+                index += 1
+
+
+def _parse_line(
+    generator: IterativeGenerator, line: bytes
+) -> tuple[list[str], list[Place | None] | None, int | None, int | None]:
+    """Scene, places, seed and number of pictures, None where the line does not say.
+
+    Raises:
+        TypeError, ValueError: it is not what :func:`draw_set` describes.
+    """
+    try:
+        value: Any = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f'it is not JSON ({error}): write one scene a line, such as ["red cube"]') from None
+    if isinstance(value, list):
+        value = {"conditions": value}
+    if not isinstance(value, dict) or "conditions" not in value:
+        raise ValueError(
+            'a line is a list of objects, such as ["red cube"], or {"conditions": ["red cube"], "seed": 7}'
+        )
+    if unknown := [key for key in value if key not in KEYS]:
+        raise ValueError(f"unknown key {unknown[0]!r}: the keys are {', '.join(KEYS)}")
+    scenes, places = parse_request(generator, value["conditions"], value.get("places"))
+    if len(scenes) > 1 or isinstance(value["conditions"][0], list):
+        raise ValueError("a line is one scene: give every scene a line of its own")
+    own_seed, count = value.get("seed"), value.get("num_images")
+    return (
+        scenes[0],
+        None if places is None else places[0],
+        None if own_seed is None else parse_whole("seed", own_seed, 0),
+        None if count is None else parse_whole("num_images", count, 1),
+    )
+
+
+def _drawn(
+    generator: IterativeGenerator, chunk: list[Asked], best_of: int, redraw: Redraw
+) -> Iterator[tuple[Drawing, list[Asked]]]:
+    """Draw the pictures, those together whose seeds follow each other."""
+    for _, group in itertools.groupby(chunk, lambda picture: picture.seed - picture.number):
+        asked = list(group)
+        at = None
+        if any(picture.places is not None for picture in asked):
+            at = [picture.places for picture in asked]
+        scenes = [picture.scene for picture in asked]
+        yield generator.generate(scenes, seed=asked[0].seed, at=at, best_of=best_of, redraw=redraw), asked
+
+
+def _write(tar: tarfile.TarFile, drawing: Drawing, asked: list[Asked]) -> None:
+    """Append pictures and what is known of them."""
+    for i, (image, picture) in enumerate(zip(drawing.images, asked, strict=True)):
+        known = {**drawing.metadata(i), "line": picture.line}
+        if drawing.scores is not None:
+            known["score"] = drawing.scores[i]
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        for ending, content in (("png", png.getvalue()), ("json", json.dumps(known).encode())):
+            entry = tarfile.TarInfo(f"{picture.number:09d}.{ending}")  # of the year 1970: equal sets are equal files
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def _tar(out: Path, shard: int) -> Path:
+    return out / f"{shard:05d}.tar"
+
+
+@contextlib.contextmanager
+def _new_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """A tar file that gets its name when the block ends well; what a killed process left of it is removed."""
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        left.unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with tarfile.open(partial, "w") as tar:
+            yield tar
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _claim(out: Path, description: dict[str, object]) -> None:
+    """Say in a folder what it will hold.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: it holds something else.
+    """
+    file = out / DESCRIPTION
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            partial = out / f".{DESCRIPTION}.{os.getpid()}.partial"
+            partial.write_text(json.dumps(description, indent=2) + "\n")
+            os.replace(partial, file)  # every process of this set writes the same
+    except OSError as error:
+        raise OSError(f"out: cannot write {str(file)!r} ({error.strerror}): choose another folder") from None
+    try:
+        found = json.loads(file.read_bytes())
+        differing = [name for name in description if found[name] != description[name]]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"out: {str(file)!r} does not describe a set: choose another folder, or remove it") from None
+    if differing:
+        changes = ", ".join(f"{name} was {found[name]!r} and is {description[name]!r}" for name in differing)
+        raise ValueError(f"out: {str(out)!r} holds another set: {changes}; choose another folder")
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**16):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest_of_model(generator: IterativeGenerator) -> str:
+    digest = hashlib.sha256(json.dumps(asdict(generator.config)).encode())
+    for name, value in generator.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

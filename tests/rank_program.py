@@ -1,0 +1,126 @@
+"""What the tests start several of: ``python rank_program.py TASK ARGUMENTS``, with the variables that torchrun sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tiny import RUN
+from torch import Tensor, nn
+
+from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator, runs, training
+from condgan.datasets import SceneDataset
+from condgan.models import DiffDiscriminator, NoiseEncoder
+from condgan.ranks import ALONE, GlobalBatchNorm, Ranks, joined
+from condgan.training import TrainConfig, Trainer, TrainingScenes
+
+LONG = dataclasses.replace(RUN, images=100_000, reconstruction_images=90, own_pictures=0.0)
+CONFIGS = {
+    "compact": dataclasses.replace(RUN, images=45, reconstruction_images=18),
+    "reference": TrainConfig(
+        generator=GeneratorConfig(width=4, z_dim=6, condition_dim=8),
+        discriminator=DiscriminatorConfig(width=4, condition_dim=8),
+        images=45,
+        batch_scenes=3,
+        bf16=False,
+    ),
+}
+
+
+def start_ranks(count: int, *arguments: object) -> list[subprocess.Popen[str]]:
+    """This file in so many processes, which find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    shared["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, *map(str, arguments)],
+            env=os.environ | {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def make_trainer(data: Path, config: TrainConfig, ranks: Ranks = ALONE, accumulate: int = 1) -> Trainer:
+    torch.manual_seed(0)
+    generator, discriminator = IterativeGenerator(config.generator), DiffDiscriminator(config.discriminator)
+    noise_encoder = None if config.noise_encoder is None else NoiseEncoder(config.noise_encoder)
+    scenes = TrainingScenes(SceneDataset(data, "train"), generator)
+    return Trainer(config, scenes, generator, discriminator, noise_encoder, ranks, accumulate)
+
+
+def trained(
+    data: Path, config: TrainConfig, ranks: Ranks = ALONE, accumulate: int = 1, frozen: bool = False
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Losses and weights after all steps of a run, by gradient descent: Adam makes large steps of rounding errors."""
+    trainer = make_trainer(data, config, ranks, accumulate)
+    for name, optimizer in trainer.optimizers.items():
+        trainer.optimizers[name] = torch.optim.SGD(optimizer.param_groups[0]["params"], lr=0.02)
+    if frozen:
+        for network in trainer.networks().values():
+            network.eval()
+    trainer._set_learning_rates = lambda: None  # type: ignore[method-assign]
+    losses = []
+    while trainer.images < config.images:
+        losses.append(trainer.train_step())
+    networks = trainer.networks().items()
+    return losses, {f"{name}.{key}": value for name, net in networks for key, value in net.state_dict().items()}
+
+
+def steps_skipped(data: Path, ranks: Ranks) -> list[int]:
+    """After each of three steps, the second of which is not finite on the last rank."""
+    trainer = make_trainer(data, dataclasses.replace(RUN, reconstruction_images=1000), ranks)
+    errors, skipped = trainer._reconstruction_errors, []
+    for step in range(3):
+        factor = float("nan") if step == 1 and ranks.rank == ranks.count - 1 else 1.0
+        trainer._reconstruction_errors = lambda *pair, by=factor: by * errors(*pair)  # type: ignore[method-assign]
+        trainer.train_step()
+        skipped.append(trainer.skipped)
+    return skipped
+
+
+def batch_norm(norm: nn.Module, x: Tensor) -> list[Tensor]:
+    """What a batch norm makes of x, its first and second derivatives, and its buffers."""
+    x = x.requires_grad_()
+    y = norm(x)
+    (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.pow(2).sum(), x)
+    return [y.detach(), first.detach(), second, *norm.buffers()]
+
+
+def normed_parts(ranks: Ranks | None) -> list[Tensor]:
+    """Five pictures that vary little around large numbers: two on the first rank, three on the second."""
+    x = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(0)).double() * 0.5 + 20
+    norm = nn.BatchNorm2d(4).double()
+    with torch.no_grad():
+        norm.weight += torch.arange(4)
+    if ranks is None:
+        return batch_norm(norm, x)
+    return batch_norm(GlobalBatchNorm(norm), x[:2] if ranks.leads else x[2:])
+
+
+def main() -> None:
+    task, *arguments = sys.argv[1:]
+    if task == "compare":
+        data, out = map(Path, arguments)
+        with joined("cpu") as ranks:
+            results: dict[str, object] = {name: trained(data, config, ranks) for name, config in CONFIGS.items()}
+            results |= {"norm": normed_parts(ranks), "skipped": steps_skipped(data, ranks)}
+            torch.save(results, out / f"{ranks.rank}.pt")
+    elif task == "train":
+        data, out = map(Path, arguments)
+        training.recalibrate = lambda generator, objects: None  # slow, and of the exported copy only
+        runs.train(data, out, LONG, device="cpu", checkpoint_seconds=1, progress=False)
+
+
+if __name__ == "__main__":
+    main()

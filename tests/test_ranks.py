@@ -1,0 +1,209 @@
+"""ranks.py, and training on several processes: as one process, when one is lost, and with another number of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_program import CONFIGS, LONG, normed_parts, start_ranks, trained
+from safetensors import safe_open
+from tiny import RUN
+
+from condgan import training
+from condgan.ranks import ALONE, Ranks, joined, own_device
+from condgan.runs import CHECKPOINT, train
+from condgan.training import _own_parts
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks found."""
+    out = tmp_path_factory.mktemp("ranks")
+    assert ended(start_ranks(2, "compare", data, out))[0] == [0, 0]
+    return [torch.load(out / f"{rank}.pt") for rank in range(2)]
+
+
+def ended(processes: Sequence[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
+    """Exit codes and messages."""
+    messages = [process.communicate(timeout=300)[1] for process in processes]
+    print(*messages, sep="\n")
+    return [process.returncode for process in processes], messages
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_ranks_learn_what_one_process_learns(name: str, data: Path, two_ranks: list[dict[str, Any]]) -> None:
+    """Three scenes a step: one on one rank, two on the other; both stages; spectral norm in the reference's."""
+    losses, weights = trained(data, CONFIGS[name])
+    for rank in two_ranks:
+        assert len(rank[name][0]) == len(losses) == 5
+        for ours, theirs in zip(losses, rank[name][0], strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-4)
+        for key, value in weights.items():
+            torch.testing.assert_close(
+                rank[name][1][key], value, rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ranks_stay_together_to_the_last_bit(name: str, two_ranks: list[dict[str, Any]]) -> None:
+    (first_losses, first), (second_losses, second) = (rank[name] for rank in two_ranks)
+    assert first_losses == second_losses
+    assert [key for key, value in first.items() if not torch.equal(value, second[key])] == []
+
+
+def test_batch_norm_over_ranks_is_batch_norm_of_all(two_ranks: list[dict[str, Any]]) -> None:
+    expected = normed_parts(None)
+    for i, part in enumerate((slice(0, 2), slice(2, 5))):
+        *derivatives, mean, var, count = two_ranks[i]["norm"]
+        for ours, whole in zip(derivatives, expected, strict=False):
+            torch.testing.assert_close(ours, whole[part])
+        for ours, whole in zip((mean, var, count), expected[3:], strict=True):
+            torch.testing.assert_close(ours, whole)
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks: list[dict[str, Any]]) -> None:
+    assert [rank["skipped"] for rank in two_ranks] == [[0, 1, 1]] * 2
+
+
+def test_every_scene_of_a_step_is_in_one_part_and_parts_are_alike() -> None:
+    for scenes, count, accumulate in ((5, 1, 1), (5, 2, 1), (11, 3, 2), (7, 1, 7), (64, 8, 4)):
+        parts = [_own_parts(scenes, Ranks(rank, count), accumulate) for rank in range(count)]
+        together = sorted(part for own in parts for part in own)
+        assert [i for part in together for i in range(scenes)[part.scenes]] == list(range(scenes))
+        assert {len(own) for own in parts} == {accumulate}
+        assert max(part.size for part in together) - min(part.size for part in together) <= 1
+        assert sum(part.share for part in together) == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"batch_scenes is 5, too few for 2 ranks with 3 parts each"):
+        _own_parts(5, Ranks(0, 2), 3)
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        _own_parts(5, ALONE, 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parts_one_after_the_other_add_up_to_the_whole(name: str, data: Path) -> None:
+    """But for batch norm, which is over one part, and spectral norm, which goes on with every pass."""
+    config = dataclasses.replace(CONFIGS[name], images=18, reconstruction_images=9 if name == "compact" else 0)
+    losses, weights = trained(data, config, frozen=True)
+    in_parts, weights_in_parts = trained(data, config, accumulate=3, frozen=True)
+    for ours, theirs in zip(losses, in_parts, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-5)
+    for key, value in weights.items():
+        torch.testing.assert_close(weights_in_parts[key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_process_that_was_started_alone_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with joined("cpu") as ranks:
+        assert (ranks.rank, ranks.count, ranks.leads) == (0, 1, True)
+        assert ranks.any(True)
+        assert not ranks.any(False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with joined("cpu") as ranks:
+        assert ranks.count == 1
+    assert not torch.distributed.is_initialized()
+
+
+def test_every_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert own_device() == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device("cpu") == torch.device("cpu")
+    assert own_device() == own_device("cuda") == torch.device("cuda", 3)
+    assert chosen == [3, 3]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="process 4 of this machine has none of its 4 GPUs"):
+        own_device()
+
+
+def reached(out: Path) -> int:
+    """Steps in the checkpoint of a run, 0 without one."""
+    if not (out / CHECKPOINT).exists():
+        return 0
+    with safe_open(out / CHECKPOINT, "pt") as file:
+        return int(json.loads(file.metadata()["counters"])["step"])
+
+
+def start_and_wait(count: int, data: Path, out: Path) -> list[subprocess.Popen[str]]:
+    """Ranks of a long run, some steps after its last checkpoint."""
+    before, deadline = reached(out), time.monotonic() + 300
+    processes = start_ranks(count, "train", data, out)
+    while reached(out) <= before:
+        assert all(process.poll() is None for process in processes), ended(processes)
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.02)
+    return processes
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_ranks_after_a_signal_to_one_and_the_death_of_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    processes = start_and_wait(2, data, out)
+    before = reached(out)
+    processes[1].send_signal(signal.SIGTERM)  # only to the one that does not write
+    codes, messages = ended(processes)
+    assert all(codes), "KeyboardInterrupt on both"
+    assert all("KeyboardInterrupt" in message for message in messages)
+    assert reached(out) > before, "the last step is in the checkpoint"
+
+    processes = start_and_wait(3, data, out)
+    processes[1].kill()
+    codes, messages = ended(processes)
+    assert codes == [1, -signal.SIGKILL, 1]
+    for rank in (0, 2):
+        assert (
+            f"rank {rank} of 3 has lost another rank, so that all stop; the last good checkpoint is" in messages[rank]
+        )
+    steps = reached(out)
+
+    monkeypatch.setattr(training, "recalibrate", lambda generator, objects: None)
+    config = dataclasses.replace(LONG, images=9 * (20 * (steps // 20) + 40))  # to the end of a line of 20 steps
+    train(data, out, config, device="cpu", progress=False)
+    train(data, tmp_path / "whole", config, device="cpu", progress=False)
+    logs = [
+        [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (out, tmp_path / "whole")
+    ]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+    ours, whole = logs[0][-1], logs[1][-1]
+    assert ours.pop("images_per_second") > 0
+    assert whole.pop("images_per_second") > 0
+    assert ours == pytest.approx(whole, rel=2e-2, abs=2e-2)
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun_speaks_once(data: Path, tmp_path: Path) -> None:
+    fields = {f"generator.{name}": value for name, value in dataclasses.asdict(RUN.generator).items()}
+    fields |= {f"discriminator.{name}": value for name, value in dataclasses.asdict(RUN.discriminator).items()}
+    fields |= {"batch_scenes": 3, "reconstruction_images": 9}
+    small = [f"--set={name}={value}" for name, value in fields.items() if not name.endswith(".objects")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "condgan", "train"]
+    command = [*launch, "--data", str(data), "--out", str(tmp_path / "run"), "--images", "27", "--device", "cpu"]
+    run = subprocess.run([*command, *small], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("trained on 27 pictures") == 1
+    assert reached(tmp_path / "run") == 3
+    assert sorted(file.name for file in (tmp_path / "run").iterdir() if file.name != "tensorboard") == [
+        CHECKPOINT,
+        "discriminator",
+        "log.jsonl",
+        "model",
+        "noise-encoder",
+        "pictures",
+    ]
+    run = subprocess.run([*command, *small, "--accumulate", "2"], capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "condgan train, rank 1: error: batch_scenes is 3, too few for 2 ranks with 2 parts each" in run.stderr

@@ -1,0 +1,186 @@
+"""shards.py: what is in the tar files, going on, several processes, wrong lines, memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from condgan import IterativeGenerator, shards
+from condgan.results import Drawing
+from condgan.shards import draw_set
+
+LINES = [
+    '["red cube"]',
+    '{"conditions": ["gray sphere", "blue cylinder"], "num_images": 3}',
+    "",
+    '{"conditions": ["cyan cube", "Red Cube"], "seed": 40, "places": [[12, 30.5], null], "num_images": 2}',
+    '{"conditions": "yellow cylinder"}',
+]
+SEEDS = [5, 6, 7, 8, 40, 41, 11]
+
+
+def write_list(folder: Path, lines: list[str] = LINES) -> Path:
+    path = folder / "list.jsonl"
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def contents(folder: Path) -> list[tuple[str, bytes]]:
+    """The entries of all tar files."""
+    entries = []
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                entries.append((member.name, file.read()))
+    return entries
+
+
+@pytest.fixture(scope="module")
+def whole(compact: IterativeGenerator, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of seven pictures, three a tar file."""
+    folder = tmp_path_factory.mktemp("set")
+    report = draw_set(compact, write_list(folder), folder / "out", seed=5, shard_size=3, progress=False)
+    assert (report.pictures, report.shards, report.drawn, report.skipped) == (7, 3, 7, 0)
+    return folder / "out"
+
+
+def test_a_set_holds_the_pictures_that_generate_draws(compact: IterativeGenerator, whole: Path) -> None:
+    assert sorted(path.name for path in whole.iterdir()) == ["00000.tar", "00001.tar", "00002.tar", "set.json"]
+    entries = contents(whole)
+    assert [name for name, _ in entries] == [f"{n:09d}.{kind}" for n in range(7) for kind in ("png", "json")]
+    known = [json.loads(content) for name, content in entries if name.endswith("json")]
+    assert [picture["seed"] for picture in known] == SEEDS
+    assert [picture["line"] for picture in known] == [1, 2, 2, 2, 4, 4, 5]
+    assert known[5]["conditions"] == ["cyan cube", "red cube"]
+    for n, picture in enumerate(known):
+        at = [[12, 30.5], None] if picture["seed"] in (40, 41) else None
+        drawing = compact.generate(picture["conditions"], seed=picture["seed"], at=at)
+        assert Image.open(io.BytesIO(entries[2 * n][1])).tobytes() == drawing.image.tobytes()
+        assert drawing.places is not None
+        assert picture["places"] == [pytest.approx(place) for place in drawing.places[0]]
+
+
+def test_what_a_line_got_can_be_a_line(compact: IterativeGenerator, whole: Path, tmp_path: Path) -> None:
+    known = [json.loads(content) for name, content in contents(whole) if name.endswith("json")]
+    lines = [json.dumps({key: picture[key] for key in ("conditions", "seed", "places")}) for picture in known]
+    draw_set(compact, write_list(tmp_path, lines), tmp_path / "again", progress=False)
+    pictures = [
+        [entry for entry in contents(folder) if entry[0].endswith("png")] for folder in (whole, tmp_path / "again")
+    ]
+    assert pictures[0] == pictures[1]
+
+
+def test_the_number_of_processes_changes_nothing(compact: IterativeGenerator, whole: Path, tmp_path: Path) -> None:
+    source = write_list(tmp_path)
+    for rank in (1, 0):
+        report = draw_set(compact, source, tmp_path / "out", seed=5, shard_size=3, rank=rank, count=2, progress=False)
+        assert (report.pictures, report.drawn) == (7, 3 if rank else 4)
+    for path in whole.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_is_done_is_not_drawn_again(
+    compact: IterativeGenerator, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_list(tmp_path), tmp_path / "out"
+    write = shards._write
+
+    def stop_in_the_second(tar: tarfile.TarFile, drawing: Drawing, asked: list[Any]) -> None:
+        write(tar, drawing, asked)
+        if asked[0].number >= 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "_write", stop_in_the_second)
+        draw_set(compact, source, out, seed=5, shard_size=3, progress=False)
+    assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "set.json"]
+    (out / ".00001.tar.12345.partial").write_bytes(b"what kill -9 leaves")
+    report = draw_set(compact, source, out, seed=5, shard_size=3, progress=False)
+    assert (report.drawn, report.skipped) == (4, 3)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for path in whole.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    monkeypatch.setattr(shards, "_drawn", lambda *args: pytest.fail("nothing is left to draw"))
+    assert draw_set(compact, source, out, seed=5, shard_size=3, progress=False).skipped == 7
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("red cube", r"line 2 of .*list\.jsonl': it is not JSON .* write one scene a line"),
+        ('["red cub"]', "line 2 of .*red cub"),
+        ("[]", "line 2 of .*conditions is empty"),
+        ('"red cube"', "line 2 of .*a line is a list of objects"),
+        ('{"objects": ["red cube"]}', "line 2 of .*a line is a list of objects"),
+        ('{"conditions": ["red cube"], "sed": 7}', "line 2 of .*unknown key 'sed': the keys are conditions, seed"),
+        ('{"conditions": ["red cube"], "seed": -1}', "line 2 of .*seed must be between 0"),
+        ('{"conditions": ["red cube"], "seed": "7"}', "line 2 of .*seed must be a whole number, got '7'"),
+        ('{"conditions": ["red cube"], "num_images": 0}', "line 2 of .*num_images must be between 1"),
+        ('{"conditions": ["red cube"], "places": [[99, 2]]}', "line 2 of .*is not inside the picture"),
+        ('[["red cube"], ["blue cube"]]', "line 2 of .*a line is one scene"),
+        ('[["red cube"]]', "line 2 of .*a line is one scene"),
+    ],
+)
+def test_a_wrong_line_is_named_before_anything_is_drawn(
+    line: str, message: str, compact: IterativeGenerator, tmp_path: Path
+) -> None:
+    source = write_list(tmp_path, ['["red cube"]', line])
+    with pytest.raises(ValueError, match=message):
+        draw_set(compact, source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_set_is_refused(compact: IterativeGenerator, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds another set: seed was 5 and is 6; choose another folder"):
+        draw_set(compact, write_list(tmp_path), whole, seed=6, shard_size=3, progress=False)
+    with pytest.raises(ValueError, match=r"holds another set: pictures was 7 and is 6, list was '\w+' and is '\w+'"):
+        draw_set(compact, write_list(tmp_path, LINES[:4]), whole, seed=5, shard_size=3, progress=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/set.json").write_text("[1]")
+    with pytest.raises(ValueError, match="does not describe a set"):
+        draw_set(compact, write_list(tmp_path), tmp_path / "other", progress=False)
+    with pytest.raises(OSError, match="out: cannot write"):
+        draw_set(compact, write_list(tmp_path), tmp_path / "list.jsonl", progress=False)
+    with pytest.raises(ValueError, match="has no lines"):
+        draw_set(compact, write_list(tmp_path, [""]), tmp_path / "empty", progress=False)
+
+
+def test_scores_of_best_of_are_kept(compact: IterativeGenerator, tmp_path: Path) -> None:
+    draw_set(compact, write_list(tmp_path, ['["red cube"]']), tmp_path / "out", best_of=2, progress=False)
+    known = json.loads(contents(tmp_path / "out")[1][1])
+    drawing = compact.generate(["red cube"], seed=0, best_of=2)
+    assert drawing.scores is not None
+    assert known["score"] == drawing.scores[0]
+    assert known["seed"] == drawing.seeds[0]
+
+
+def test_memory_does_not_grow_with_the_list(
+    compact: IterativeGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = []
+
+    def not_drawn(generator: object, chunk: list[Any], *args: object) -> Iterator[Any]:
+        chunks.append(len(chunk))
+        return iter(())
+
+    monkeypatch.setattr(shards, "_drawn", not_drawn)
+    peaks = []
+    for count in (1_000, 10_000):
+        source = write_list(tmp_path, ['["red cube", "blue sphere"]'] * count)
+        tracemalloc.start()
+        draw_set(compact, source, tmp_path / str(count), progress=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert sum(chunks) == 11_000
+    assert max(chunks) <= shards.CHUNK
+    assert peaks[1] < peaks[0] + 200_000
