@@ -173,6 +173,7 @@ def iterate_turns(
     image = from_uint8(to_uint8(generator.canvas(*_canvas_noise(generator, rngs))))  # grain fades if rounded later
     if start is not None:
         image = start.to(weight.device)
+    image = image.contiguous(memory_format=torch.channels_last)  # convolutions are faster so
     yield image.cpu(), None
     conditions, _ = roll_conditions(generator.encoder, objects.to(weight.device, weight.dtype))
     for turn, condition in enumerate(conditions.unbind(1)):

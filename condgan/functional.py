@@ -310,10 +310,11 @@ class Switchable(Protocol):
 @contextmanager
 def evaluating(module: Switchable) -> Iterator[None]:
     """Eval mode inside the block; after it every submodule is in the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.train(False)
+    learning = [part for part in module.modules() if part.training]
+    if learning:
+        module.train(False)
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for part in learning:
+            part.training = True

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from reference import randomise
 from torch import Tensor, nn
 
-from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
+from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock, enlarging_weight
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "cbn": (lambda: ConditionalBatchNorm2d(3, 5), ((2, 3, 4, 5), (2, 5))),
@@ -161,6 +162,45 @@ def test_a_generator_block_whose_main_path_is_silent_is_an_upsampled_1x1_convolu
         block.c0.weight.copy_(torch.tensor([[0.0, 1.0], [1.0, 0.0]])[:, :, None, None])  # swaps the channels
     x = torch.randn(1, 2, 2, 3)
     assert torch.equal(block(x, torch.randn(1, 5)), x.flip(1).repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 4), (5, 3)])
+def test_upsampling_and_a_convolution_are_one_transposed_convolution(height: int, width: int) -> None:
+    weight, x = torch.randn(4, 3, 3, 3, dtype=torch.float64), torch.randn(2, 3, height, width, dtype=torch.float64)
+    expected = F.conv2d(reference.upsample(x), weight, padding=1)
+    torch.testing.assert_close(F.conv_transpose2d(x, enlarging_weight(weight), stride=2, padding=1), expected)
+
+
+def test_a_block_draws_with_the_weights_that_it_has_however_they_were_changed() -> None:
+    """What it remembers of a weight must not outlive it."""
+    block, (x, condition) = make("gen")
+    assert isinstance(block, GenBlock)
+    changes: list[Callable[[Tensor], object]] = [
+        lambda weight: weight.mul_(2),
+        lambda weight: weight.data.add_(1),  # no version counter sees this
+        lambda weight: weight.data.zero_(),
+        lambda weight: weight.detach().numpy().fill(0.5),
+    ]
+    with torch.no_grad():
+        for change in changes:
+            block(x, condition)
+            change(block.c1.weight)
+            torch.testing.assert_close(block(x, condition), reference.gen_block(block, x, condition))
+        block(x, condition)
+        fine = block.double()(x.double(), condition.double())
+        torch.testing.assert_close(fine, reference.gen_block(block, x.double(), condition.double()), rtol=1e-10, atol=0)
+
+
+def test_what_a_block_remembers_is_no_part_of_its_state() -> None:
+    block, inputs = make("gen")
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    with torch.inference_mode():
+        block(*inputs)
+    after = block.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    block(*inputs).sum().backward()
+    assert block.get_parameter("c1.weight").grad is not None
 
 
 def test_a_discriminator_block_too_small_to_halve_is_an_error() -> None:
