@@ -1,0 +1,1 @@
+"""How fast condgan is, beside the plain way, a peer and the machine's limit; run ``python -m benchmarks``."""

@@ -1,0 +1,85 @@
+"""``python -m benchmarks``: measure everything, print a table, write a JSON file.
+
+Run it from the repository's root on a machine that does nothing else, with as many threads as there are cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import condgan
+from benchmarks import drawing, loading, process, training, work
+from benchmarks.measure import Row
+
+
+def machine() -> dict[str, object]:
+    """What the numbers were measured on."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "condgan": condgan.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def markdown(rows: Sequence[Row], where: dict[str, object]) -> str:
+    """The table of docs/performance.md."""
+    lines = [", ".join(f"{key} {value}" for key, value in where.items()) + ".", ""]
+    lines += ["| part | what | value | against the plain way | of the limit |", "|---|---|---|---|---|"]
+    for row in rows:
+        faster = "" if row.ratio is None else f"{row.ratio:.2f} x"
+        limit = "" if row.limit is None else f"{100 * row.limit:.0f} %"
+        lines.append(f"| {row.part} | {row.name} | {row.value:.3g} {row.unit} | {faster} | {limit} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the parts that are asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9, help="how often each case is run (default: 9)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks.json"), help="JSON file to write")
+    parser.add_argument("--plot", type=Path, help="picture to write: cost against work")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/performance.md")
+    parts: dict[str, Callable[[int], Iterator[Row]]] = {
+        "drawing": drawing.run,
+        "steps": drawing.steps,
+        "training": training.run,
+        "loading": loading.run,
+        "start-up": process.start_up,
+        "memory": process.memory,
+        "work": work.run,
+    }
+    parser.add_argument("--parts", nargs="+", choices=parts, default=[*parts], help="only these parts")
+    args = parser.parse_args(argv)
+    parts["work"] = partial(work.run, plot=args.plot)
+    rows = []
+    for part in args.parts:
+        for row in parts[part](args.rounds):
+            rows.append(row)
+            if not args.markdown:
+                print(*markdown([row], {}).splitlines()[-1:], flush=True)
+    where = machine()
+    args.out.write_text(json.dumps({"machine": where, "rows": [row._asdict() for row in rows]}, indent=1) + "\n")
+    if args.markdown:
+        print(markdown(rows, where))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Drawing: the reference's networks beside the plain way and the machine's limit, the shipped model beside its peer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import peer, plain
+from benchmarks.measure import Row, interleaved, matrix_product, median, operations, ratio
+from condgan import IterativeGenerator
+
+SCENE = ["red cube", "blue sphere", "gray cylinder"]
+
+
+def reference_generator() -> IterativeGenerator:
+    """The reference's networks in eval mode; a fresh norm ignores its condition, so the weights are shaken."""
+    torch.manual_seed(0)
+    generator = IterativeGenerator().eval().requires_grad_(False)
+    for module in generator.modules():
+        if isinstance(module, nn.Linear):
+            module.weight += 0.02 * torch.randn_like(module.weight)
+    return generator
+
+
+def turn_input(generator: IterativeGenerator, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise, conditions and previous pictures of N turns."""
+    z, condition = torch.randn(n, generator.z_dim), torch.randn(n, generator.config.condition_dim)
+    return z, condition, torch.rand(n, 3, 64, 64) * 2 - 1
+
+
+def bfloat16_copy(generator: IterativeGenerator) -> IterativeGenerator:
+    """What a user gets with ``.to(torch.bfloat16).to(memory_format=torch.channels_last)``."""
+    return copy.deepcopy(generator).to(torch.bfloat16).to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def reference(rounds: int) -> Iterator[Row]:
+    """Turns a second of the reference's networks at batch 1, 8 and 64."""
+    usual = reference_generator()
+    fast = copy.deepcopy(usual).to(memory_format=torch.channels_last)
+    coarse = bfloat16_copy(usual)
+    for n in (1, 8, 64):
+        z, condition, before = turn_input(usual, n)
+        cases: dict[str, Callable[[], object]] = {
+            "plain": partial(plain.turn, usual, z, condition, before),
+            "float32": partial(fast, z, condition, before),
+            "bfloat16": partial(coarse, z.bfloat16(), condition.bfloat16(), before),
+        }
+        work = operations(cases["float32"])
+        less = work / operations(cases["plain"])
+        limits = {"float32": matrix_product(torch.float32), "bfloat16": matrix_product(torch.bfloat16)}
+        times = interleaved({**cases, **{f"limit {name}": limit for name, (limit, _) in limits.items()}}, rounds)
+        yield Row("drawing", f"reference, batch {n}, plain", n / median(times, "plain"), "turns/s", 1.0)
+        for name, (_, multiplied) in limits.items():
+            share = work / multiplied * ratio(times, f"limit {name}", name)
+            faster = ratio(times, "plain", name)
+            yield Row("drawing", f"reference, batch {n}, {name}", n / median(times, name), "turns/s", faster, share)
+    yield Row("drawing", "reference, arithmetic of the plain way that is left", less, "share")
+
+
+@torch.no_grad()
+def steps(rounds: int) -> Iterator[Row]:
+    """What each step away from the plain way brought, at batch 64."""
+    n, usual = 64, reference_generator()
+    z, condition, before = turn_input(usual, n)
+    cases: list[Callable[[], object]] = [partial(plain.turn, usual, z, condition, before, steps) for steps in range(3)]
+    cases.append(partial(copy.deepcopy(usual).to(memory_format=torch.channels_last), z, condition, before))
+    cases.append(partial(bfloat16_copy(usual), z.bfloat16(), condition.bfloat16(), before))
+    named = dict(zip(("plain", *plain.STEPS), cases, strict=True))
+    times = interleaved(named, rounds)
+    for name in plain.STEPS:
+        yield Row("steps", name, n / median(times, name), "turns/s", ratio(times, "plain", name))
+
+
+def shipped(rounds: int) -> Iterator[Row]:
+    """The shipped model: latency of a scene of three turns, scenes a second, and the peer."""
+    generator = IterativeGenerator.from_pretrained()
+    cases: dict[str, Callable[[], object]] = {
+        f"generate {n}": partial(generator.generate, [SCENE] * n, seed=0) for n in (1, 8, 64)
+    }
+    times = interleaved({"generate 1": cases["generate 1"]}, 10 * rounds)
+    yield Row("drawing", "shipped model, latency of a scene of 3 turns", 1000 * median(times, "generate 1"), "ms")
+    times = interleaved(cases, rounds)
+    for n in (1, 8, 64):
+        yield Row("drawing", f"shipped model, batch {n}", n / median(times, f"generate {n}"), "scenes/s")
+    if not peer.is_installed():
+        print(peer.MISSING, flush=True)
+        return
+    diffuse, parameters = peer.diffusion(sum(p.numel() for p in generator.parameters()))
+    times = interleaved({"peer": diffuse, "ours": cases["generate 1"]}, max(3, rounds // 3))
+    name = f"diffusion of {parameters / 1e6:.1f} M parameters, DDIM {peer.STEPS} steps, one picture"
+    yield Row("drawing", name, 1000 * median(times, "peer"), "ms")
+    yield Row("drawing", "shipped model against it", ratio(times, "peer", "ours"), "times faster")
+
+
+def run(rounds: int) -> Iterator[Row]:
+    """All rows of this part."""
+    yield from reference(rounds)
+    yield from shipped(rounds)

@@ -1,0 +1,109 @@
+"""Measuring: interleaved runs, their medians and ratios, and what the machine can do at best."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+MATRIX_SIZE = 1024
+COPIED_BYTES = 2**26
+
+
+class Row(NamedTuple):
+    """One measured number."""
+
+    part: str
+    name: str
+    value: float
+    unit: str
+    ratio: float | None = None
+    """How many times better than the plain way."""
+    limit: float | None = None
+    """Share of what the machine could do."""
+
+
+Times = Mapping[str, Sequence[float]]
+"""Seconds of every round, by case."""
+
+
+def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each case in each round; the cases take turns, so that what slows the machine slows all of them."""
+    for case in cases.values():
+        case()
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            case()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median(times: Times, name: str) -> float:
+    """Median seconds of a case."""
+    return statistics.median(times[name])
+
+
+def ratio(times: Times, slow: str, fast: str) -> float:
+    """Median over the rounds of how many times faster one case is than another."""
+    return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+
+
+def matrix_product(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    """A case whose speed is the limit of all arithmetic in ``dtype``, and its floating point operations."""
+    a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE).to(dtype)
+    repeats = 8
+
+    def multiply() -> None:
+        for _ in range(repeats):
+            torch.mm(a, b)
+
+    return multiply, repeats * 2.0 * MATRIX_SIZE**3
+
+
+def copying() -> tuple[Callable[[], object], float]:
+    """A case whose speed is the limit of all reading and writing of memory, and the bytes that it moves."""
+    source = torch.ones(COPIED_BYTES // 4)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2.0 * COPIED_BYTES
+
+
+def operations(case: Callable[[], object]) -> float:
+    """Floating point operations of matrix products and convolutions in one run of ``case``."""
+    with FlopCounterMode(display=False) as counter:
+        case()
+    return float(counter.get_total_flops())
+
+
+def python(*arguments: str) -> float:
+    """Seconds that a Python process of its own takes; what it prints is thrown away.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+PEAK_MEMORY = """
+with open("/proc/self/status") as file:  # what getrusage says of the peak includes the parent process
+    print(next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM")))
+"""
+
+
+def peak_memory(program: str) -> float:
+    """The most memory in MiB that a process of its own had while it ran ``program``; on Linux only, elsewhere NaN."""
+    if not sys.platform.startswith("linux"):
+        return math.nan
+    command = [sys.executable, "-W", "ignore", "-c", program + PEAK_MEMORY]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])

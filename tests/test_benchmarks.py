@@ -1,0 +1,117 @@
+"""benchmarks/: the plain way draws and judges what condgan does, and the measuring measures."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from reference import randomise
+
+from benchmarks import __main__ as command
+from benchmarks import loading, measure, plain
+from condgan import DiffDiscriminator, DiscriminatorConfig, GeneratorConfig, IterativeGenerator
+from condgan.functional import encode_objects, roll_conditions, rollout
+
+GREY_LEVEL = 1 / 127.5
+
+
+def reference_generator() -> IterativeGenerator:
+    """Of the reference's architecture, but narrow."""
+    generator = randomise(IterativeGenerator(GeneratorConfig(width=8)))
+    assert isinstance(generator, IterativeGenerator)
+    return generator
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.01), (torch.bfloat16, 4.0)])
+@torch.no_grad()
+def test_fast_and_plain_scenes_agree_within_some_grey_levels(dtype: torch.dtype, tolerance: float) -> None:
+    """Three turns, each on the picture of the turn before."""
+    generator = reference_generator()
+    conditions, _ = roll_conditions(generator.encoder, encode_objects([["red cube", "gray cube", "blue sphere"]] * 4))
+    z = torch.randn(4, 3, generator.z_dim, generator=torch.Generator().manual_seed(0))
+    image, wanted = torch.zeros(4, 3, 64, 64), []
+    for turn in range(3):
+        image = plain.turn(generator, z[:, turn], conditions[:, turn], image)
+        wanted.append(image)
+    assert torch.stack(wanted).std() > 0.1, "the pictures are not flat"
+    fast = generator.to(dtype, memory_format=torch.channels_last)
+    drawn = rollout(fast, conditions.to(dtype), z.to(dtype), torch.zeros(3, 64, 64))
+    error = (drawn - torch.stack(wanted, 1)).abs()
+    assert error.amax() < tolerance * GREY_LEVEL
+
+
+@torch.no_grad()
+def test_the_steps_away_from_the_plain_way_draw_the_same() -> None:
+    generator = reference_generator()
+    inputs = torch.randn(2, generator.z_dim), torch.randn(2, 256), torch.rand(2, 3, 64, 64) * 2 - 1
+    wanted = plain.turn(generator, *inputs)
+    for steps in (1, 2):
+        torch.testing.assert_close(plain.turn(generator, *inputs, steps), wanted, rtol=0, atol=1e-4)
+
+
+def test_fast_and_plain_judgements_agree() -> None:
+    discriminator = randomise(DiffDiscriminator(DiscriminatorConfig(width=8)))
+    before, after = torch.rand(2, 3, 3, 64, 64) * 2 - 1
+    condition = torch.randn(3, 256)
+    torch.testing.assert_close(
+        tuple(discriminator(before, after, condition)),
+        plain.judge(discriminator, before, after, condition),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_a_plain_step_trains_both_networks() -> None:
+    generator, discriminator = (
+        IterativeGenerator(GeneratorConfig(width=2)),
+        DiffDiscriminator(DiscriminatorConfig(width=2)),
+    )
+    before = [p.clone() for network in (generator, discriminator) for p in network.parameters()]
+    images, objects = torch.rand(2, 4, 3, 64, 64) * 2 - 1, torch.eye(24)[:6].view(2, 3, 24)
+    plain.PlainTraining(generator, discriminator, images, objects).step()
+    after = [p for network in (generator, discriminator) for p in network.parameters()]
+    assert sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True)) > 0.9 * len(after)
+
+
+def test_cases_take_turns_and_ratios_are_of_medians() -> None:
+    order: list[str] = []
+
+    def slow() -> None:
+        order.append("slow")
+        time.sleep(0.02)
+
+    times = measure.interleaved({"slow": slow, "fast": lambda: order.append("fast")}, 3)
+    assert order == ["slow", "fast"] * 4, "one round to warm up"
+    assert measure.median(times, "slow") >= 0.02
+    assert measure.ratio({"a": [1.0, 8.0, 3.0], "b": [1.0, 2.0, 1.0]}, "a", "b") == 3.0
+
+
+def test_the_operations_of_a_matrix_product_are_counted() -> None:
+    case, multiplied = measure.matrix_product(torch.float32)
+    assert measure.operations(case) == multiplied
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+def test_peak_memory_is_that_of_the_program_alone() -> None:
+    ballast = bytearray(200 * 2**20)  # in this process
+    small, large = measure.peak_memory(""), measure.peak_memory("x = bytearray(50 * 2**20)\nx[::4096] = b'1' * 12800\n")
+    assert len(ballast) == 200 * 2**20
+    assert small < 100
+    assert 45 < large - small < 55
+
+
+def test_the_command_prints_a_table_and_writes_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "SCENES", 2)
+    out = tmp_path / "numbers.json"
+    command.main(["--parts", "loading", "--rounds", "1", "--out", str(out), "--markdown"])
+    report = json.loads(out.read_text())
+    assert report["machine"]["torch"] == torch.__version__
+    assert [row["name"] for row in report["rows"]] == ["plain, PNG files of 320x240", "condgan, packed"]
+    assert report["rows"][1]["ratio"] > 1
+    assert "| loading | condgan, packed |" in capsys.readouterr().out
