@@ -4,8 +4,9 @@
 
 The folder has the i-CLEVR layout: images/NAME_0.png, NAME_1.png, ... and train.json, objects.json. The loss is that of
 the first stage of the `compact` preset: the generator is given the place of every object and must draw the real next
-picture. Models of `condgan train` have a noise encoder beside them, which finds the noise for that picture; without
-one the noise is random, and a long training would learn the mean of all poses, which is blurred.
+picture. Models of `condgan train` have a noise encoder beside them, which finds the code of that picture; without one
+the noise is random, and a long training would learn the mean of all poses, which is blurred. What noise is mapped to
+stays as it was.
 """
 
 import argparse
@@ -24,17 +25,18 @@ parser.add_argument("--data", required=True, help="folder in the i-CLEVR layout"
 parser.add_argument("--out", required=True, help="folder to write the fine-tuned generator to")
 parser.add_argument("--model", help="a name, folder or hub id; the default is the shipped model")
 parser.add_argument(
-    "--noise-encoder", help="of a model of `condgan train`: RUN/noise-encoder; without, noise is random"
+    "--noise-encoder", help="of a model of `condgan train`: RUN/noise-encoder; the shipped model has one that ships"
 )
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--learning-rate", type=float, default=1e-4)
 args = parser.parse_args()
 
 generator = IterativeGenerator.from_pretrained(args.model).train()
-noise_encoder = None if args.noise_encoder is None else NoiseEncoder.from_pretrained(args.noise_encoder)
+name = args.noise_encoder or (None if args.model else "iclevr-64-noise-encoder")
+noise_encoder = NoiseEncoder.from_pretrained(name) if name else None  # without one, noise is random
 for field in ("image_size", "z_dim", "places", "window"):
     if noise_encoder and getattr(noise_encoder.config, field) != getattr(generator.config, field):
-        raise SystemExit(f"{args.noise_encoder}: it is the noise encoder of another model, with another {field}")
+        raise SystemExit(f"{name}: it is the noise encoder of another model, with another {field}")
 data = SceneDataset(prepare(args.data, image_size=generator.image_size).path)
 if data.vocabulary.names != generator.vocabulary.names:
     raise SystemExit(f"{args.data}: its objects.json must name the model's objects: {generator.vocabulary.names}")
@@ -56,11 +58,13 @@ for epoch in range(args.epochs):
         before, after, changed = before[visible], after[visible], changed[visible]
 
         place = place_of_change(before, after) if generator.config.places else None
-        z = torch.randn(len(before), generator.z_dim, generator=rng)
-        if noise_encoder is not None:
+        if noise_encoder is None:
+            drawn = generator(torch.randn(len(before), generator.z_dim, generator=rng), conditions, before, place)
+        else:
             with torch.no_grad():
-                z = noise_encoder(before, after, place)
-        error = generator(z, conditions, before, place) - after
+                code = noise_encoder(before, after, place)
+            drawn = generator.synthesis(code, conditions, before, place)
+        error = drawn - after
         weight = 1 + 4 * changed[:, None]
         loss = (weight * error.abs()).mean()
         # Differences between neighbours count, too: edges tell one pose of an object from another.

@@ -47,7 +47,7 @@ def test_finetune_moves_a_loaded_model_towards_the_data(
 ) -> None:
     torch.manual_seed(0)
     config = GeneratorConfig(
-        width=4, z_dim=4, condition_dim=8, output="blend", places=True, window=40, light_components=2
+        width=4, z_dim=4, condition_dim=8, output="blend", places=True, window=40, mapping=True, light_components=2
     )
     start = IterativeGenerator(config)
     randomise(start.canvas)
@@ -56,23 +56,23 @@ def test_finetune_moves_a_loaded_model_towards_the_data(
     randomise(noise_encoder)
     noise_encoder.save_pretrained(tmp_path / "noise-encoder")
     found, used = [], []
-    find, draw = NoiseEncoder.forward, IterativeGenerator.forward
+    find, draw = NoiseEncoder.forward, IterativeGenerator.synthesis
 
     def watched_find(self: NoiseEncoder, *pictures: Tensor) -> Tensor:
         assert not self.training, "of one batch, the statistics would not be those that the generator knows"
         found.append(find(self, *pictures))
         return found[-1]
 
-    def watched_draw(self: IterativeGenerator, z: Tensor, *others: Tensor) -> Tensor:
-        used.append(z)
-        return draw(self, z, *others)
+    def watched_draw(self: IterativeGenerator, code: Tensor, *others: Tensor) -> Tensor:
+        used.append(code)
+        return draw(self, code, *others)
 
     monkeypatch.setattr(NoiseEncoder, "forward", watched_find)
-    monkeypatch.setattr(IterativeGenerator, "forward", watched_draw)
+    monkeypatch.setattr(IterativeGenerator, "synthesis", watched_draw)
     models = ("--model", tmp_path / "start", "--noise-encoder", tmp_path / "noise-encoder")
     arguments = ("--data", data, *models, "--epochs", 4, "--learning-rate", 3e-3)
     run(monkeypatch, "finetune.py", *arguments, "--out", tmp_path / "tuned")
-    assert found and all(z is of_real for z, of_real in zip(used, found, strict=True)), "the noise is never random"
+    assert found and all(code is of_real for code, of_real in zip(used, found, strict=True)), "it is never random"
     tuned = IterativeGenerator.from_pretrained(tmp_path / "tuned")
     assert not torch.equal(tuned.l0.weight, start.l0.weight)
     assert torch.equal(tuned.canvas.mean, start.canvas.mean)

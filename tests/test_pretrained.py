@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 import condgan
-from condgan import DiffDiscriminator, IterativeGenerator, SceneClassifier
+from condgan import DiffDiscriminator, IterativeGenerator, NoiseEncoder, SceneClassifier
 from condgan.drawing import draw_turns
 from condgan.functional import changed_region, place_of_change
 from condgan.metrics import exact_set, multilabel_accuracy
+from condgan.training import PRESETS
 from condgan.vocab import ICLEVR_OBJECTS
 
 SHIPPED = Path(condgan.__file__).parent / "pretrained"
@@ -42,8 +43,25 @@ def test_the_shipped_names_load_by_name() -> None:
     verifier, judge = SceneClassifier.from_pretrained(), SceneClassifier.from_pretrained("judge")
     assert verifier.config != judge.config
     generator = IterativeGenerator.from_pretrained()
-    discriminator = DiffDiscriminator.from_pretrained("iclevr-64-discriminator")
-    assert discriminator.config.condition_dim == generator.config.condition_dim
+    compact = PRESETS["compact"]  # so that a run can go on from them
+    assert generator.config == compact.generator
+    assert DiffDiscriminator.from_pretrained("iclevr-64-discriminator").config == compact.discriminator
+    assert NoiseEncoder.from_pretrained("iclevr-64-noise-encoder").config == compact.noise_encoder
+
+
+def test_the_shipped_generator_draws_a_picture_again_from_the_code_that_is_found_in_it(
+    generator: IterativeGenerator,
+) -> None:
+    finder = NoiseEncoder.from_pretrained("iclevr-64-noise-encoder")
+    drawn = generator.generate(["red cube"], num_images=24, at=[(32, 28)], seed=0)
+    before, after = drawn.trajectory.unbind(1)
+    place = place_of_change(before, after)
+    condition, _ = generator.encoder(generator.vocabulary.multi_hot(["red cube"]).expand(24, -1))
+    with torch.no_grad():
+        code = finder(before, after, place)
+        own = (generator.synthesis(code, condition, before, place) - after).abs().mean()
+        another = (generator.synthesis(code.roll(1, 0), condition, before, place) - after).abs().mean()
+    assert own < 0.8 * another, "the pose of a cube is in the code"
 
 
 def test_sizes_are_those_of_a_small_package() -> None:
