@@ -634,7 +634,7 @@ def _parser() -> argparse.ArgumentParser:
         interval is over lists. With --data, the same numbers for real held-out pictures stand
         beside, and how far the drawn pictures are from the real ones in look and in layout.
         Controls, drawn pictures under wrong lists and empty scenes, show what each measure
-        can see; docs/evaluation.md defines them all. About 5 minutes on one CPU core.
+        can see; docs/evaluation.md defines them all. A few minutes on one CPU core.
         --realism, with or without --conditions, says how often a fresh classifier tells drawn
         pictures from real ones, which takes longer than all the rest.
         """,

@@ -66,7 +66,7 @@ class CouplingFlow(nn.Module):
         x = noise.clamp(self.low[-1], self.high[-1])
         for (kept, weights), low, high in reversed([*zip(self._couplings(), self.low, self.high, strict=False)]):
             mean, log_scale = self._affine(weights, x * kept)
-            x = torch.where(kept, x, x * log_scale.exp() + mean).clamp(low, high)
+            x = _couple(x, kept, mean, log_scale).clamp(low, high)
         return x
 
     def extra_repr(self) -> str:
@@ -132,11 +132,10 @@ class CouplingFlow(nn.Module):
         states = [x]
         volume = x.new_zeros(len(x))
         for kept, weights in self._couplings():
-            mean, log_scale = self._affine(weights, x * kept, dropout)
-            x = torch.where(kept, x, (x - mean) * (-log_scale).exp())
-            volume = volume - log_scale.masked_fill(kept, 0).sum(1)
+            x, change = _uncouple(x, kept, *self._affine(weights, x * kept, dropout))
+            volume = volume + change
             states.append(x)
-        return states, volume - 0.5 * (x.square() + math.log(2 * math.pi)).sum(1)
+        return states, volume + _normal_log_prob(x)
 
     def _couplings(self) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
         """Of each coupling the numbers that it keeps, (K,) bool, and its weights and biases."""
@@ -192,23 +191,36 @@ class ConditionalFlow(nn.Module):
     def forward(self, noise: Tensor, context: Tensor) -> Tensor:
         x = noise
         for kept, coupling in zip(reversed(self.kept), reversed(self.couplings), strict=True):
-            mean, log_scale = self._affine(coupling, x.where(kept, 0), context)
-            x = torch.where(kept, x, x * log_scale.exp() + mean)
+            x = _couple(x, kept, *self._affine(coupling, x.where(kept, 0), context))
         return x
 
     def log_prob(self, x: Tensor, context: Tensor) -> Tensor:
         """Log-density (N,) in nats of vectors (N, K)."""
         volume = x.new_zeros(len(x))
         for kept, coupling in zip(self.kept, self.couplings, strict=True):
-            mean, log_scale = self._affine(coupling, x.where(kept, 0), context)
-            x = torch.where(kept, x, (x - mean) * (-log_scale).exp())
-            volume = volume - log_scale.masked_fill(kept, 0).sum(1)
-        return volume - 0.5 * (x.square() + math.log(2 * math.pi)).sum(1)
+            x, change = _uncouple(x, kept, *self._affine(coupling, x.where(kept, 0), context))
+            volume = volume + change
+        return volume + _normal_log_prob(x)
 
     @staticmethod
     def _affine(coupling: nn.Module, kept_numbers: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_scale = coupling(torch.cat((kept_numbers, context), 1)).chunk(2, 1)
         return mean, _bounded(log_scale)
+
+
+def _couple(x: Tensor, kept: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """One affine coupling of vectors (N, K): all but the kept numbers (K,) get a scale and a mean."""
+    return torch.where(kept, x, x * log_scale.exp() + mean)
+
+
+def _uncouple(x: Tensor, kept: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`_couple` made ``x`` of, and the logarithm (N,) of how much a small volume grows on the way back."""
+    return torch.where(kept, x, (x - mean) * (-log_scale).exp()), -log_scale.masked_fill(kept, 0).sum(1)
+
+
+def _normal_log_prob(x: Tensor) -> Tensor:
+    """Log-density (N,) in nats of vectors (N, K) of standard normal numbers."""
+    return -0.5 * (x.square() + math.log(2 * math.pi)).sum(1)
 
 
 def _bounded(log_scale: Tensor) -> Tensor:

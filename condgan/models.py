@@ -453,7 +453,7 @@ class IterativeGenerator(PretrainedModel):
     def forward(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None) -> Tensor:
         self._check_turn(z, condition, prev_image, place)
         code = z if self.mapping is None else self.mapping(z, condition, place)
-        return self.synthesis(code, condition, prev_image, place)
+        return self._turn(code, condition, prev_image, place)
 
     def synthesis(self, code: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None) -> Tensor:
         """:meth:`forward` after the mapping: what draws with a code that a :class:`NoiseEncoder` found.
@@ -468,6 +468,9 @@ class IterativeGenerator(PretrainedModel):
             As :meth:`forward`.
         """
         self._check_turn(code, condition, prev_image, place)
+        return self._turn(code, condition, prev_image, place)
+
+    def _turn(self, code: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None) -> Tensor:
         view = _view([prev_image], place, self.config.window)
         known = torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype)
         known = known.contiguous(memory_format=torch.channels_last)  # convolutions are much faster so

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from PIL import Image
@@ -32,17 +34,7 @@ SCENES = [
     ["red cube", "green cube"],
 ]
 RUN = TrainConfig(
-    generator=GeneratorConfig(
-        width=4,
-        z_dim=4,
-        condition_dim=8,
-        output="blend",
-        places=True,
-        window=32,
-        noise_in_norm=True,
-        mapping=True,
-        light_components=2,
-    ),
+    generator=replace(COMPACT, z_dim=4, condition_dim=8, window=32, light_components=2),
     discriminator=DiscriminatorConfig(width=4, condition_dim=8, places=True, window=32, spectral_norm=False),
     objective="relativistic",
     images=72,
