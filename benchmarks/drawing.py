@@ -14,6 +14,8 @@ from benchmarks.measure import Row, interleaved, matrix_product, median, operati
 from condgan import IterativeGenerator
 
 SCENE = ["red cube", "blue sphere", "gray cylinder"]
+IN_A_ROW = 5
+"""Pictures that the shipped model and its peer draw in each round; the median counts, as for one who draws several."""
 
 
 def reference_generator() -> IterativeGenerator:
@@ -91,7 +93,7 @@ def shipped(rounds: int) -> Iterator[Row]:
         print(peer.MISSING, flush=True)
         return
     diffuse, parameters = peer.diffusion(sum(p.numel() for p in generator.parameters()))
-    times = interleaved({"peer": diffuse, "ours": cases["generate 1"]}, max(3, rounds // 3))
+    times = interleaved({"peer": diffuse, "ours": cases["generate 1"]}, max(3, rounds // 3), IN_A_ROW)
     name = f"diffusion of {parameters / 1e6:.1f} M parameters, DDIM {peer.STEPS} steps, one picture"
     yield Row("drawing", name, 1000 * median(times, "peer"), "ms")
     yield Row("drawing", "shipped model against it", ratio(times, "peer", "ours"), "times faster")

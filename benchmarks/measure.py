@@ -34,17 +34,25 @@ Times = Mapping[str, Sequence[float]]
 """Seconds of every round, by case."""
 
 
-def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case in each round; the cases take turns, so that what slows the machine slows all of them."""
+def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, in_a_row: int = 1) -> dict[str, list[float]]:
+    """Seconds of each case in each round; the cases take turns, so that what slows the machine slows all of them.
+
+    With ``in_a_row`` a round runs each case so often before the next one, and its seconds are the median of these: what
+    a case costs one who goes on using it, without what the case before it left in the processor's caches.
+    """
     for case in cases.values():
         case()
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
-            start = time.perf_counter()
-            case()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(statistics.median(_seconds(case) for _ in range(in_a_row)))
     return times
+
+
+def _seconds(case: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    case()
+    return time.perf_counter() - start
 
 
 def median(times: Times, name: str) -> float:

@@ -93,7 +93,7 @@ def _generate(args: argparse.Namespace) -> Report:
 def _generate_set(args: argparse.Namespace) -> Report:
     """Draw a list of scenes into a folder."""
     from condgan.models import IterativeGenerator
-    from condgan.ranks import own_device
+    from condgan.ranks import launched, own_device
     from condgan.shards import draw_set
 
     if args.objects:
@@ -104,7 +104,7 @@ def _generate_set(args: argparse.Namespace) -> Report:
     if args.out is None:
         args.parser.error("argument --from: needs --out, the folder of the set")
     args.after_interrupt = ": run the same command again to go on"
-    device, rank, count = own_device(), _rank(), _rank_count()
+    device, (rank, count) = own_device(), launched()
     generator = IterativeGenerator.from_pretrained(args.model).to(device)
     report = draw_set(
         generator,
@@ -129,11 +129,11 @@ def _generate_set(args: argparse.Namespace) -> Report:
 
 def _rank() -> int:
     """The number of this process among those that ``torchrun`` has started."""
-    return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
+    if "RANK" not in os.environ:  # PyTorch, which condgan.ranks needs, takes seconds to import
+        return 0
+    from condgan.ranks import launched
 
-
-def _rank_count() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    return launched()[0]
 
 
 def _add(args: argparse.Namespace) -> Report:

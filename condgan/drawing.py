@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from condgan.canvas import Canvas
 from condgan.functional import ConditionEncoder, encode_objects, evaluating, roll_conditions
 from condgan.images import from_uint8, to_uint8
+from condgan.layers import steady_weights
 from condgan.requests import MAX_SEED, AskedModel, Place, parse_request, parse_seed, parse_whole
 from condgan.results import Drawing, Turn, exact_probability, target_objects
 
@@ -105,7 +106,11 @@ def draw_turns(
     turns = max(len(scene) for scene in objects)
     size = CPU_BATCH if next(generator.parameters()).device.type == "cpu" else GPU_BATCH
     images, where = [], []
-    with evaluating(generator):
+    with (
+        torch.inference_mode(draw_turn is None),  # what ``draw_turn`` makes may be kept and learned from
+        evaluating(generator),
+        steady_weights(generator.modules()),
+    ):
         for low in range(0, len(objects), size):
             part = slice(low, low + size)
             steps = iterate_turns(

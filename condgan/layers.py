@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,11 +13,21 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 NEGATIVE_SLOPE = 0.01
 """Slope of every leaky rectifier below zero."""
+ENLARGED_PIXELS = 512
+"""In maps of fewer pixels, those of a batch together, adding up weights takes longer than the arithmetic that a
+generator's block saves by it in training: a weight is added up once a batch, whatever the size of the maps."""
+HALVED_PIXELS = 4096
+"""The same for a discriminator's block."""
 
 
-def normalised(layer: nn.Module, spectral: bool) -> nn.Module:
+LayerT = TypeVar("LayerT", bound=nn.Module)
+
+
+def normalised(layer: LayerT, spectral: bool) -> LayerT:
     """``layer``, with spectral normalisation of its weight if ``spectral``. Source: arXiv:1802.05957."""
-    return spectral_norm(layer) if spectral else layer
+    if spectral:
+        spectral_norm(layer)
+    return layer
 
 
 class ConditionalBatchNorm2d(nn.Module):
@@ -58,12 +72,12 @@ class ConditionalBatchNorm2d(nn.Module):
                 f"got {tuple(condition.shape)}"
             )
         scale, shift = self.fc(condition)[:, :, None, None].chunk(2, dim=1)  # (N, C, 1, 1) each
-        scale = 1 + scale
-        if self.bn.training:
-            return torch.addcmul(shift, self.bn(x), scale)
-        mean, variance = self.bn.get_buffer("running_mean"), self.bn.get_buffer("running_var")
-        scale = scale * torch.rsqrt(variance + self.bn.eps)[:, None, None]
-        shift = shift - mean[:, None, None] * scale  # both norms are one scale and one shift
+        mean, variance = self.bn.running_mean, self.bn.running_var
+        if self.bn.training or mean is None or variance is None:
+            return torch.addcmul(shift, self.bn(x), 1 + scale)
+        inverse = torch.rsqrt(variance + self.bn.eps)[:, None, None]
+        scale = torch.addcmul(inverse, scale, inverse)
+        shift = torch.addcmul(shift, mean[:, None, None], scale, value=-1)  # both norms are one scale and one shift
         return torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
 
     def extra_repr(self) -> str:
@@ -82,11 +96,38 @@ def enlarging_weight(weight: Tensor) -> Tensor:
     Returns:
         (I, O, 4, 4), for ``stride=2, padding=1``.
     """
-    weight = weight.transpose(0, 1)
-    for dim in (2, 3):
-        first, middle, last = weight.unbind(dim)
-        weight = torch.stack((last, middle + last, first + middle, first), dim)
-    return weight
+    return _summed_in_pairs(weight.transpose(0, 1).flip(2, 3), 1)
+
+
+def halving_weight(weight: Tensor) -> Tensor:
+    """The convolution that equals a 3x3 convolution and then average pooling of 2x2 pixels.
+
+    A pixel of the small map is the mean of four sums over 3x3 pixels, which overlap. Adding up the weights of each
+    pixel first leaves one sum over 4x4 pixels, 4/9 of the arithmetic.
+
+    Args:
+        weight: (O, I, 3, 3) of a convolution with padding 1.
+
+    Returns:
+        (O, I, 4, 4), for ``stride=2, padding=1``.
+    """
+    return _summed_in_pairs(weight, 1 / 4)
+
+
+def _summed_in_pairs(weight: Tensor, factor: float) -> Tensor:
+    """(A, B, 3, 3) and its copies moved by one pixel right, down and both, added up to (A, B, 4, 4), channels last.
+
+    As a matrix product, which reads and writes large weights once.
+    """
+    one = torch.eye(3, dtype=weight.dtype, device=weight.device)
+    pairs = F.pad(one, (0, 0, 0, 1)) + F.pad(one, (0, 0, 1, 0))  # (4, 3)
+    sums = factor * torch.kron(pairs, pairs)  # (16, 9)
+    return (sums @ weight.permute(0, 2, 3, 1).flatten(1, 2)).unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+
+
+def _pixels(x: Tensor) -> int:
+    """Of maps (N, C, H, W) all together."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 class GenBlock(nn.Module):
@@ -94,7 +135,8 @@ class GenBlock(nn.Module):
 
     Main path: conditional batch norm, leaky ReLU, nearest upsampling, 3x3 convolution, then the same without
     upsampling. Shortcut: 1x1 convolution and upsampling, in this order: the same map at a quarter of the work.
-    Upsampling and the convolution after it are one transposed convolution (:func:`enlarging_weight`).
+    Upsampling and the convolution after it are one transposed convolution (:func:`enlarging_weight`), but for small
+    maps in training.
 
     Args:
         in_channels: channels of the input.
@@ -121,19 +163,26 @@ class GenBlock(nn.Module):
         self.c1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.c2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self._known: tuple[Tensor, Tensor] | None = None  # a weight of c1 and what came of it
+        self._steady: Tensor | None = None  # what came of it, inside a block of steady_weights
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shortcut = F.interpolate(self.c0(x), scale_factor=2, mode="nearest")
         x = F.leaky_relu(self.cbn1(x, condition), NEGATIVE_SLOPE)
-        weight = self._enlarging_weight()
-        x = F.conv_transpose2d(x, weight, self.c1.bias, stride=2, padding=1)  # (N, out_channels, 2H, 2W)
+        if torch.is_grad_enabled() and _pixels(x) < ENLARGED_PIXELS:
+            x = self.c1(F.interpolate(x, scale_factor=2, mode="nearest"))  # (N, out_channels, 2H, 2W)
+        else:
+            x = F.conv_transpose2d(x, self._enlarging_weight(), self.c1.bias, stride=2, padding=1)
         x = self.c2(F.leaky_relu(self.cbn2(x, condition), NEGATIVE_SLOPE))
         return x + shortcut
 
     def _enlarging_weight(self) -> Tensor:
         """Of ``c1``; remembered on a CPU, where making it takes a good part of the time that one picture takes."""
         weight = self.c1.weight
-        if torch.is_grad_enabled() or weight.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return enlarging_weight(weight)
+        if self._steady is not None:
+            return self._steady
+        if weight.device.type != "cpu":
             return enlarging_weight(weight)
         known = self._known
         if known is None or known[0].dtype != weight.dtype or not torch.equal(known[0], weight):
@@ -141,12 +190,32 @@ class GenBlock(nn.Module):
             self._known = known = weight.detach().clone(), made
         return known[1]
 
+    def hold(self, steady: bool) -> None:
+        """See :func:`steady_weights`."""
+        self._steady = None
+        if steady:
+            self._steady = self._enlarging_weight()
+
+
+@contextmanager
+def steady_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block no weight changes: every :class:`GenBlock` looks once, at the start, which it has."""
+    blocks = [module for module in modules if isinstance(module, GenBlock)]
+    for block in blocks:
+        block.hold(True)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.hold(False)
+
 
 class DisBlock(nn.Module):
     """Residual block of the discriminator, with spectral normalisation unless told otherwise; halves the resolution.
 
     Main path: 3x3 convolution, leaky ReLU, 3x3 convolution, average pooling, after a leaky ReLU on the input unless it
-    is a picture (``preactivate=False``). Shortcut: average pooling and a 1x1 convolution.
+    is a picture (``preactivate=False``). Shortcut: average pooling and a 1x1 convolution. The second 3x3 convolution
+    and the pooling after it are one convolution (:func:`halving_weight`), but for small maps.
 
     Args:
         in_channels: channels of the input.
@@ -176,8 +245,10 @@ class DisBlock(nn.Module):
         shortcut = self.c0(F.avg_pool2d(x, 2))
         if self.preactivate:
             x = F.leaky_relu(x, NEGATIVE_SLOPE)
-        x = self.c2(F.leaky_relu(self.c1(x), NEGATIVE_SLOPE))
-        return F.avg_pool2d(x, 2) + shortcut
+        x = F.leaky_relu(self.c1(x), NEGATIVE_SLOPE)
+        if _pixels(x) < HALVED_PIXELS:
+            return F.avg_pool2d(self.c2(x), 2) + shortcut
+        return F.conv2d(x, halving_weight(self.c2.weight), self.c2.bias, stride=2, padding=1) + shortcut
 
     def extra_repr(self) -> str:
         return f"preactivate={self.preactivate}"

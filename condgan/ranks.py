@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for another, which may be writing a checkpoint or fitting the canvas on a slower machine."""
-LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What ``torchrun`` sets."""
+MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
+"""What ``torchrun`` sets beside ``RANK`` and ``WORLD_SIZE``, for processes that have to meet."""
 
 
 class RankLost(RuntimeError):
@@ -91,6 +91,13 @@ class Ranks:
 ALONE = Ranks()
 
 
+def launched() -> tuple[int, int]:
+    """Number of this process among those that ``torchrun`` has started, and how many these are; 0 and 1 if alone."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
 @contextlib.contextmanager
 def joined(device: str | None = None) -> Iterator[Ranks]:
     """Meet the other processes that ``torchrun`` has started, or those of a process group that is there already.
@@ -107,8 +114,8 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), own_device(device))
         return
-    launched = dist.is_available() and all(name in os.environ for name in LAUNCH_VARIABLES)
-    if not launched or int(os.environ["WORLD_SIZE"]) == 1:
+    _, count = launched()
+    if count == 1 or not dist.is_available() or any(name not in os.environ for name in MEETING_POINT):
         yield Ranks(device=own_device(device))
         return
     own = own_device(device)

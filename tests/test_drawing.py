@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,30 @@ def test_a_picture_depends_on_all_that_it_should(generator: IterativeGenerator) 
     assert differ(base[2], other_last[2])
     longer = generator.generate(["red cube", "blue sphere", "gray cube"], seed=1).trajectory[0]
     assert torch.equal(base, longer[:3])
+
+
+def test_a_drawing_can_be_learned_from_and_its_generator_too(generator: IterativeGenerator) -> None:
+    result = generator.generate(SCENES[:2], seed=1)
+    copied = copy.deepcopy(generator)
+    learned = torch.nn.Conv2d(3, 1, 3)
+    learned(result.tensor).sum().backward()
+    assert learned.weight.grad is not None
+    condition, _ = copied.encoder(torch.eye(24)[:2])
+    place = torch.full((2, 2), 30.0) if copied.config.places else None
+    copied(torch.randn(2, copied.z_dim), condition, result.tensor, place).sum().backward()
+    assert copied.get_parameter("block1.c1.weight").grad is not None
+
+
+def test_changed_weights_are_drawn_with_from_the_next_call_or_turn_on(generator: IterativeGenerator) -> None:
+    generator, scene = copy.deepcopy(generator), ["red cube", "blue sphere"]
+    before = generator.generate(scene, seed=3).trajectory[0]
+    turns = generator.stream(scene, seed=3)
+    assert torch.equal(next(turns).tensor, before[1])
+    with torch.no_grad():
+        for parameter in generator.get_submodule("block1.c1").parameters():
+            parameter.data.mul_(-1)  # no version counter sees this
+    assert differ(next(turns).tensor, before[2])
+    assert differ(generator.generate(scene, seed=3).tensor[0], before[2])
 
 
 def test_drawing_is_a_rollout_with_the_noise_of_the_seed(generator: IterativeGenerator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,16 @@ import torch.nn.functional as F
 from reference import randomise
 from torch import Tensor, nn
 
-from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock, enlarging_weight
+from condgan import layers
+from condgan.layers import (
+    ConditionalBatchNorm2d,
+    ConditionProjector,
+    DisBlock,
+    GenBlock,
+    enlarging_weight,
+    halving_weight,
+    steady_weights,
+)
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
     "cbn": (lambda: ConditionalBatchNorm2d(3, 5), ((2, 3, 4, 5), (2, 5))),
@@ -49,6 +59,19 @@ def test_equal_to_the_plain_version(name: str, training: bool) -> None:
     output = layer(*inputs)
     expected = PLAIN[name.removesuffix(" plain")](layer, *inputs)  # after it: the vectors it left behind
     torch.testing.assert_close(output, expected, atol=1e-10, rtol=1e-10)
+
+
+@every_layer
+def test_small_and_large_maps_pass_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way a block takes, its output and gradients are the same."""
+    layer, inputs = make(name, torch.float64)
+    found = []
+    for least in (0, 10**9):
+        monkeypatch.setattr(layers, "ENLARGED_PIXELS", least)
+        monkeypatch.setattr(layers, "HALVED_PIXELS", least)
+        output = layer(*inputs)
+        found.append((output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -171,6 +194,13 @@ def test_upsampling_and_a_convolution_are_one_transposed_convolution(height: int
     torch.testing.assert_close(F.conv_transpose2d(x, enlarging_weight(weight), stride=2, padding=1), expected)
 
 
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (2, 6), (5, 3)])
+def test_a_convolution_and_pooling_are_one_convolution(height: int, width: int) -> None:
+    weight, x = torch.randn(4, 3, 3, 3, dtype=torch.float64), torch.randn(2, 3, height, width, dtype=torch.float64)
+    expected = F.avg_pool2d(F.conv2d(x, weight, padding=1), 2)
+    torch.testing.assert_close(F.conv2d(x, halving_weight(weight), stride=2, padding=1), expected)
+
+
 def test_a_block_draws_with_the_weights_that_it_has_however_they_were_changed() -> None:
     """What it remembers of a weight must not outlive it."""
     block, (x, condition) = make("gen")
@@ -189,6 +219,25 @@ def test_a_block_draws_with_the_weights_that_it_has_however_they_were_changed() 
         block(x, condition)
         fine = block.double()(x.double(), condition.double())
         torch.testing.assert_close(fine, reference.gen_block(block, x.double(), condition.double()), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_in_a_block_of_steady_weights_they_are_looked_at_once(fails: bool) -> None:
+    block, (x, condition) = make("gen")
+    assert isinstance(block, GenBlock)
+    with torch.no_grad():
+        block(x, condition)
+        block.c1.weight.data.mul_(2)
+        before = reference.gen_block(block, x, condition)
+        with contextlib.suppress(RuntimeError), steady_weights(nn.Sequential(block).modules()):
+            torch.testing.assert_close(block(x, condition), before)
+            block.c1.weight.data.mul_(2)
+            torch.testing.assert_close(block(x, condition), before)
+            with torch.enable_grad():
+                assert block(x, condition).requires_grad, "who learns is not served what was held"
+            if fails:
+                raise RuntimeError
+        torch.testing.assert_close(block(x, condition), reference.gen_block(block, x, condition))
 
 
 def test_what_a_block_remembers_is_no_part_of_its_state() -> None:
