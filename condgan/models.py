@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from condgan import drawing
 from condgan import images as pictures
 from condgan.canvas import Canvas
+from condgan.correction import FirstTurnCorrection
 from condgan.drawing import Redraw
 from condgan.flow import ConditionalFlow
 from condgan.functional import crop, local_mean, paste, place_map, window_corners
@@ -61,6 +62,8 @@ class GeneratorConfig:
     """Whether the noise conditions every norm layer too, beside the first linear one."""
     mapping: bool = False
     """Whether the noise is first mapped to a code that suits the object and its place (:class:`NoiseMapping`)."""
+    correction: bool = False
+    """Whether the mean error of first turns is taken off (:class:`condgan.correction.FirstTurnCorrection`)."""
     light_components: int = 0
     """Directions in which the light of the empty scene varies; 0 starts every scene on one fixed canvas."""
 
@@ -434,6 +437,10 @@ class IterativeGenerator(PretrainedModel):
         self.canvas = Canvas(config.image_size, config.light_components)
         self.place_model = PlaceModel(config.image_size, config.condition_dim) if config.places else None
         self.mapping = NoiseMapping(config) if config.mapping else None
+        num_objects = len(self.vocabulary)
+        self.correction = (
+            FirstTurnCorrection(num_objects, config.condition_dim, config.image_size) if config.correction else None
+        )
 
     @property
     def image_size(self) -> int:
@@ -475,6 +482,11 @@ class IterativeGenerator(PretrainedModel):
         known = torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype)
         known = known.contiguous(memory_format=torch.channels_last)  # convolutions are much faster so
         drawn = self._draw(code, condition, view.images[0], known)
+        if self.correction is not None:
+            offset = self.correction(condition)
+            if view.corners is not None:
+                offset = crop(offset, view.corners, drawn.shape[-1])
+            drawn = (drawn + offset.to(drawn.dtype)).clamp(-1, 1)
         return drawn if view.corners is None else paste(prev_image, drawn, view.corners)
 
     def _check_turn(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None) -> None:

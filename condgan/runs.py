@@ -142,12 +142,17 @@ def _run(trainer: Trainer, out: Path, checkpoint_seconds: float, progress: bool)
                 bar.set_postfix_str(" ".join([f"{name} {value:.3f}" for name, value in losses.items()] + skipped))
             stopped = ranks.any(bool(stop_requests))  # in the same step on every rank
             if ranks.leads and (stopped or time.monotonic() - saved > checkpoint_seconds):
-                _save_run(trainer, out)
+                _save_checkpoint(trainer, out / CHECKPOINT)
+                _save_models(trainer, trainer.export(), out)
                 saved = time.monotonic()
             if stopped:
                 ranks.any(False)  # torchrun ends those that still write when others have gone
                 raise KeyboardInterrupt
-        generator = _save_run(trainer, out) if ranks.leads else copy.deepcopy(trainer.ema_generator)
+        generator = copy.deepcopy(trainer.ema_generator)
+        if ranks.leads:
+            _save_checkpoint(trainer, out / CHECKPOINT)
+            generator = trainer.finish(progress)
+            _save_models(trainer, generator, out)
         ranks.copy_from_first(generator)
         return generator
 
@@ -202,10 +207,8 @@ def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:
         raise ValueError(f"data: its objects are {dataset.vocabulary.names}, the configuration names {objects}")
 
 
-def _save_run(trainer: Trainer, out: Path) -> IterativeGenerator:
-    """Checkpoint, model and a sheet of drawings."""
-    _save_checkpoint(trainer, out / CHECKPOINT)
-    generator = trainer.export()
+def _save_models(trainer: Trainer, generator: IterativeGenerator, out: Path) -> None:
+    """What the run has come to, and a sheet of drawings."""
     generator.save_pretrained(out / "model")
     trainer.discriminator.save_pretrained(out / "discriminator")
     if trainer.noise_encoder is not None:
@@ -214,7 +217,6 @@ def _save_run(trainer: Trainer, out: Path) -> IterativeGenerator:
     sheet = Drawing(names, list(range(len(names))), None, draw_turns(generator, names, range(len(names))).images)
     (out / "pictures").mkdir(exist_ok=True)
     sheet.grid(columns=6).save(out / "pictures" / f"{trainer.images:09d}.png")
-    return generator
 
 
 def _save_checkpoint(trainer: Trainer, path: Path) -> None:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condgan import images as pictures
+from condgan.calibration import code_turns, correct_first_turns, fit_mapping, recalibrate
 from condgan.datasets import SceneDataset
-from condgan.drawing import iterate_turns
 from condgan.functional import changed_region, place_of_change, roll_conditions, rollout
 from condgan.losses import OBJECTIVES
 from condgan.models import (
@@ -116,6 +116,7 @@ PRESETS: dict[str, TrainConfig] = {
             window=40,
             noise_in_norm=True,
             mapping=True,
+            correction=True,
             light_components=64,
         ),
         discriminator=DiscriminatorConfig(width=32, places=True, window=40, spectral_norm=False),
@@ -578,7 +579,21 @@ class Trainer:
 
     def export(self) -> IterativeGenerator:
         """A copy of the averaged model with batch norm statistics of its own free-running scenes, in eval mode."""
-        generator = copy.deepcopy(self.ema_generator)
+        return self._recalibrated(copy.deepcopy(self.ema_generator))
+
+    def finish(self, progress: bool = True) -> IterativeGenerator:
+        """What the run was for: :meth:`export`, with a mapping and a correction that fit the finished weights."""
+        generator, scenes = copy.deepcopy(self.ema_generator), self.scenes
+        if generator.mapping is not None and self.noise_encoder is not None:
+            turns = code_turns(generator, self.noise_encoder, scenes.pixels, scenes.objects, scenes.places)
+            dropout = self.config.history_dropout
+            fit_mapping(generator, turns, noise=FOUND_NOISE_STD, history_dropout=dropout, progress=progress)
+        self._recalibrated(generator)
+        if generator.correction is not None:
+            correct_first_turns(generator, scenes.pixels[:, :2], scenes.objects[:, 0], progress=progress)
+        return generator
+
+    def _recalibrated(self, generator: IterativeGenerator) -> IterativeGenerator:
         recalibrate(generator, F.one_hot(self.scenes.objects, self.scenes.num_objects).float())
         return generator
 
@@ -592,35 +607,3 @@ class Trainer:
         if self.noise_encoder is not None:
             networks["noise_encoder"] = self.noise_encoder
         return networks
-
-
-@torch.no_grad()
-def recalibrate(generator: IterativeGenerator, objects: Tensor, batches: int = 8, batch_size: int = 32) -> None:
-    """Set the running statistics of every batch norm to those of scenes that the generator draws by itself.
-
-    Averaged weights do not fit averaged statistics, and training sees real previous pictures where drawing sees the
-    generator's own. The generator is left in eval mode.
-
-    Args:
-        generator: changed in place.
-        objects: (S, T, K) multi-hot objects of scenes to draw from.
-        batches: number of batches that the statistics are averaged over.
-        batch_size: scenes a batch.
-
-    Source: precise batch norm, Wu and Johnson 2021, arXiv:2105.07576, section 3.
-    """
-    norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over all batches
-    generator.train()
-    rng = torch.Generator().manual_seed(0)
-    for batch in range(batches):
-        chosen = objects[torch.randint(len(objects), (batch_size,), generator=rng)]
-        rngs = [torch.Generator().manual_seed(batch * batch_size + i) for i in range(batch_size)]
-        for _ in iterate_turns(generator, chosen, rngs, [[]] * batch_size, None):
-            pass
-    generator.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum

@@ -26,13 +26,13 @@ PACKAGE = ROOT / "condgan"
 
 # Imports go one way: a module uses only modules of the groups above its own.
 GROUPS = (
-    ("vocab", "layers", "losses", "hub", "images", "flow", "ranks"),
+    ("vocab", "layers", "losses", "hub", "images", "flow", "ranks", "correction"),
     ("functional", "requests"),
     ("canvas", "classifier", "counter"),
     ("results",),
     ("drawing",),
     ("models",),
-    ("datasets", "metrics", "layout", "shards"),
+    ("datasets", "metrics", "layout", "shards", "calibration"),
     ("scenes", "report", "features"),
     ("measures", "realism"),
     ("prepare", "training", "evaluation"),

@@ -20,7 +20,6 @@ from condgan.training import (
     TrainingDiverged,
     TrainingScenes,
     _rounded,
-    recalibrate,
 )
 
 
@@ -207,25 +206,6 @@ def test_the_average_has_the_half_life_it_says(data: Path) -> None:
     for _ in range(10):
         trainer._update_average(9)
     torch.testing.assert_close(trainer.ema_generator.state_dict()[name], start + 0.5)
-
-
-def test_recalibrated_statistics_are_those_of_own_scenes(data: Path) -> None:
-    trainer = make_trainer(data)
-    generator = trainer.ema_generator
-    for module in generator.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.fill_(1000.0)
-    objects = torch.nn.functional.one_hot(trainer.scenes.objects, 24).float()
-    recalibrate(generator, objects, batches=2, batch_size=4)
-    assert not generator.training
-    seen: list[torch.Tensor] = []
-    hook = generator.bn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    generator.generate([["red cube", "blue cube", "gray cube"]] * 8, seed=0)
-    hook.remove()
-    mean = torch.cat(seen).mean((0, 2, 3))
-    spread = torch.cat(seen).std((0, 2, 3))
-    assert ((generator.bn.running_mean - mean).abs() < spread).all()
-    assert all(m.momentum == 0.1 for m in generator.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
 def test_configurations_that_cannot_work_are_refused() -> None:

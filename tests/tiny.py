@@ -21,6 +21,7 @@ COMPACT = GeneratorConfig(
     window=40,
     noise_in_norm=True,
     mapping=True,
+    correction=True,
     light_components=3,
 )
 REFERENCE = GeneratorConfig(width=4, z_dim=6, condition_dim=12)
@@ -68,6 +69,9 @@ def lively_generator(config: GeneratorConfig, seed: int = 0) -> IterativeGenerat
         if generator.canvas.flow is not None:
             for buffer in generator.canvas.flow.buffers():
                 buffer += 0.1 * torch.randn_like(buffer)
+        if generator.correction is not None:
+            generator.correction.conditions += generator.encoder(torch.eye(len(config.objects)))[0].detach()
+            generator.correction.offsets += 0.05 * torch.randn_like(generator.correction.offsets)
     return generator
 
 

@@ -1,0 +1,197 @@
+"""The last steps of a training: what is fitted to the finished weights, with no gradient through the pictures."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm, trange
+
+from condgan.drawing import iterate_turns, random_source
+from condgan.functional import evaluating, roll_conditions
+from condgan.images import from_uint8, to_uint8
+from condgan.models import IterativeGenerator, NoiseEncoder
+
+CORRECTION_PASSES = 3
+"""How often :func:`correct_first_turns` draws all scenes."""
+BATCH_SIZE = 32
+MAPPING_EPOCHS = 32
+"""How often :func:`fit_mapping` sees every turn."""
+MAPPING_BATCH_SIZE = 128
+MAPPING_LEARNING_RATE = 2e-3
+"""The highest, of AdamW; one cycle over all steps."""
+MAX_GRADIENT_NORM = 10.0
+
+
+class CodedTurns(NamedTuple):
+    """Real turns as the mapping has to know them: N = scenes x turns."""
+
+    codes: Tensor
+    """(N, z_dim), as found by a noise encoder in eval mode."""
+    conditions: Tensor
+    """(N, D)."""
+    conditions_alone: Tensor
+    """(N, D): what the RNN says when it reads the turn as if it were the first."""
+    places: Tensor | None
+    """(N, 2) pixels, for models that know places."""
+
+
+@torch.no_grad()
+def code_turns(
+    generator: IterativeGenerator, noise_encoder: NoiseEncoder, pixels: Tensor, objects: Tensor, places: Tensor | None
+) -> CodedTurns:
+    """Find the codes of real turns.
+
+    Args:
+        generator: whose RNN reads the objects.
+        noise_encoder: on the same device; it is put to eval mode while it looks.
+        pixels: (S, T + 1, 3, H, W) uint8, the empty scenes first.
+        objects: (S, T) ids.
+        places: (S, T, 2) pixels, for models that know places; else None.
+    """
+    device = next(generator.parameters()).device
+    one_hot = F.one_hot(objects, len(generator.vocabulary)).float().to(device)
+    conditions, _ = roll_conditions(generator.encoder, one_hot)
+    alone, _ = roll_conditions(generator.encoder, one_hot.flatten(0, 1)[:, None])
+    where = None if places is None else places.to(device)
+    codes = []
+    with evaluating(noise_encoder):
+        for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
+            images = from_uint8(pixels[rows].to(device))
+            place = None if where is None else where[rows].flatten(0, 1)
+            codes.append(noise_encoder(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1), place))
+    return CodedTurns(
+        torch.cat(codes), conditions.flatten(0, 1), alone[:, 0], None if where is None else where.flatten(0, 1)
+    )
+
+
+def fit_mapping(
+    generator: IterativeGenerator, turns: CodedTurns, *, noise: float, history_dropout: float, progress: bool = True
+) -> None:
+    """Teach the mapping the codes of a finished noise encoder, which moved while both were trained together.
+
+    AdamW in batches of 128 for 32 epochs, from the weights that the mapping has. Equal arguments give equal weights;
+    the global random state is left alone.
+
+    Args:
+        generator: its mapping is changed in place.
+        turns: real turns of the train split.
+        noise: standard deviation of what is added to every code, as in training.
+        history_dropout: share of turns that are read as if they were the first, as in training.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: the generator has no mapping.
+    """
+    mapping = generator.mapping
+    if mapping is None:
+        raise ValueError("generator: its configuration has mapping=False, so there is nothing to fit")
+    count, device = len(turns.codes), turns.codes.device
+    steps = MAPPING_EPOCHS * math.ceil(count / MAPPING_BATCH_SIZE)
+    trainable = next(mapping.parameters()).requires_grad
+    mapping.requires_grad_()
+    optimizer = torch.optim.AdamW(mapping.parameters(), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MAPPING_LEARNING_RATE, total_steps=steps)
+    rng = torch.Generator().manual_seed(0)
+    for _ in trange(steps, desc="mapping", unit="step", file=sys.stderr, disable=not progress):
+        rows = torch.randint(count, (MAPPING_BATCH_SIZE,), generator=rng).to(device)
+        around = torch.randn(MAPPING_BATCH_SIZE, turns.codes.shape[1], generator=rng).to(device)
+        forgetful = (torch.rand(MAPPING_BATCH_SIZE, 1, generator=rng) < history_dropout).to(device)
+        condition = torch.where(forgetful, turns.conditions_alone[rows], turns.conditions[rows])
+        code = (1 - noise**2) ** 0.5 * turns.codes[rows] + noise * around
+        loss = mapping.loss(code, condition, None if turns.places is None else turns.places[rows]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(mapping.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        schedule.step()
+    mapping.requires_grad_(trainable)
+
+
+@torch.no_grad()
+def recalibrate(generator: IterativeGenerator, objects: Tensor, batches: int = 8) -> None:
+    """Set the running statistics of every batch norm to those of scenes that the generator draws by itself.
+
+    Averaged weights do not fit averaged statistics, and training sees real previous pictures where drawing sees the
+    generator's own. The generator is left in eval mode.
+
+    Args:
+        generator: changed in place.
+        objects: (S, T, K) multi-hot objects of scenes to draw from.
+        batches: number of batches, of :data:`BATCH_SIZE` scenes, that the statistics are averaged over.
+
+    Source: precise batch norm, Wu and Johnson 2021, arXiv:2105.07576, section 3.
+    """
+    norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over all batches
+    generator.train()
+    rng = torch.Generator().manual_seed(0)
+    for batch in range(batches):
+        chosen = objects[torch.randint(len(objects), (BATCH_SIZE,), generator=rng)]
+        seeds = range(batch * BATCH_SIZE, (batch + 1) * BATCH_SIZE)
+        for _ in iterate_turns(generator, chosen, [random_source(seed) for seed in seeds], [[]] * BATCH_SIZE, None):
+            pass
+    generator.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@torch.no_grad()
+def correct_first_turns(
+    generator: IterativeGenerator, pixels: Tensor, objects: Tensor, *, progress: bool = True
+) -> None:
+    """Measure what first turns have wrong on average, object by object, and have the generator take it off.
+
+    Every pass draws the first turns of all scenes and moves the mean of what an object changes towards that of the real
+    turns: in the n-th pass by the n-th part of what is still missing, so that all passes count alike.
+
+    Args:
+        generator: changed in place, with ``config.correction``. Its batch norms must be final: see :func:`recalibrate`.
+        pixels: (S, 2, 3, H, W) uint8, empty scenes and what real first turns made of them.
+        objects: (S,) ids of the objects that were added.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: the generator has no correction.
+
+    Source: stochastic approximation, Robbins and Monro 1951.
+    """
+    correction = generator.correction
+    if correction is None:
+        raise ValueError("generator: its configuration has correction=False, so there is nothing to measure")
+    kinds = torch.eye(len(generator.vocabulary))
+    correction.conditions.copy_(generator.encoder(kinds.to(correction.conditions.device))[0])
+    correction.offsets.zero_()
+    real = torch.zeros(correction.offsets.shape)
+    for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
+        before, after = from_uint8(pixels[rows]).unbind(1)
+        real += _changes(before, after, kinds[objects[rows]])
+    counts = torch.bincount(objects, minlength=len(kinds)).clamp(min=1)[:, None, None, None]
+    total = CORRECTION_PASSES * len(pixels)
+    with (
+        evaluating(generator),
+        tqdm(total=total, desc="first turns", unit="img", file=sys.stderr, disable=not progress) as bar,
+    ):
+        for number in range(CORRECTION_PASSES):
+            drawn = torch.zeros_like(real)
+            for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
+                rngs = [random_source(number * len(pixels) + row) for row in rows.tolist()]
+                one_hot = kinds[objects[rows]]
+                turns = iterate_turns(generator, one_hot[:, None], rngs, [[]] * len(rows), None)
+                before, after = (from_uint8(to_uint8(image)) for image, _ in turns)
+                drawn += _changes(before, after, one_hot)
+                bar.update(len(rows))
+            step = (real - drawn) / counts / (number + 1)
+            correction.offsets += step.to(correction.offsets.device)
+
+
+def _changes(before: Tensor, after: Tensor, one_hot: Tensor) -> Tensor:
+    """Sums (K, 3, H, W) over N turns of what changed, each turn with the object that was added."""
+    return torch.einsum("nk,nchw->kchw", one_hot, after - before)

@@ -1,0 +1,122 @@
+"""calibration.py: statistics of what a generator draws by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import COMPACT, REFERENCE, lively_generator
+from torch import Tensor
+
+from condgan import IterativeGenerator
+from condgan.calibration import CodedTurns, code_turns, correct_first_turns, fit_mapping, recalibrate
+from condgan.datasets import SceneDataset
+from condgan.drawing import draw_turns
+from condgan.images import to_uint8
+from condgan.models import NoiseEncoder, NoiseEncoderConfig
+
+
+def test_recalibrated_statistics_are_those_of_own_scenes(data: Path) -> None:
+    generator = lively_generator(COMPACT)
+    for module in generator.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None
+            module.running_mean.fill_(1000.0)
+    objects = torch.nn.functional.one_hot(SceneDataset(data, "train").objects, 24).float()
+    recalibrate(generator, objects, batches=1)
+    assert not generator.training
+    seen: list[Tensor] = []
+    hook = generator.bn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    generator.generate([["red cube", "blue cube", "gray cube"]] * 8, seed=0)
+    hook.remove()
+    mean = torch.cat(seen).mean((0, 2, 3))
+    spread = torch.cat(seen).std((0, 2, 3))
+    assert generator.bn.running_mean is not None
+    assert ((generator.bn.running_mean - mean).abs() < spread).all()
+    assert all(m.momentum == 0.1 for m in generator.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def mean_changes(generator: IterativeGenerator, names: Sequence[str], seeds: range) -> Tensor:
+    """(K, 3, H, W): what the first turns of each object change on average, in grey levels."""
+    means = []
+    for name in names:
+        pictures = to_uint8(draw_turns(generator, [[name]] * len(seeds), seeds).images).float()
+        means.append((pictures[:, 1] - pictures[:, 0]).mean(0))
+    return torch.stack(means)
+
+
+def test_corrected_first_turns_are_right_on_average_and_objects_without_data_stay_as_they_were() -> None:
+    names = ("red cube", "blue sphere", "gray cylinder")
+    generator = lively_generator(replace(COMPACT, objects=names, light_components=0))
+    teacher = lively_generator(replace(COMPACT, objects=names, light_components=0), seed=1)
+    scenes = draw_turns(teacher, [[name] for name in names[:2]] * 60, range(120))
+    pixels, objects = to_uint8(scenes.images), torch.tensor([0, 1] * 60)
+    seeds = range(1000, 1060)
+    real = mean_changes(teacher, names, seeds)
+    before = mean_changes(generator, names, seeds)
+    correct_first_turns(generator, pixels, objects, progress=False)
+    after = mean_changes(generator, names, seeds)
+    errors = [(drawn - real)[:2].square().mean().sqrt() for drawn in (before, after)]
+    assert errors[1] < 0.35 * errors[0], errors
+    assert not generator.training
+
+
+def test_a_generator_without_correction_is_an_error() -> None:
+    with pytest.raises(ValueError, match="correction=False"):
+        correct_first_turns(
+            lively_generator(REFERENCE), torch.zeros(1, 2, 3, 64, 64, dtype=torch.uint8), torch.zeros(1).long()
+        )
+
+
+def test_codes_of_turns_come_with_what_the_generator_knows_of_each(data: Path) -> None:
+    generator = lively_generator(COMPACT)
+    noise_encoder = NoiseEncoder(NoiseEncoderConfig(width=4, z_dim=6, places=True, window=40)).train()
+    scenes = SceneDataset(data, "train")
+    pixels = torch.cat((scenes.pixels[:, :1], scenes.pixels), 1)
+    places = torch.rand(len(pixels), 3, 2) * 40 + 12
+    turns = code_turns(generator, noise_encoder, pixels, scenes.objects, places)
+    assert noise_encoder.training
+    assert turns.codes.shape == (3 * len(pixels), 6)
+    assert turns.places is not None
+    torch.testing.assert_close(turns.places[4], places[1, 1])
+    one_hot = torch.eye(24)[scenes.objects[1]]
+    first, hidden = generator.encoder(one_hot[:1])
+    second, _ = generator.encoder(one_hot[1:2], hidden)
+    torch.testing.assert_close(turns.conditions[3:5], torch.cat((first, second)))
+    torch.testing.assert_close(turns.conditions_alone[4:5], generator.encoder(one_hot[1:2])[0])
+    with torch.no_grad():
+        images = pixels[1, 1:3].float() / 127.5 - 1
+        code = noise_encoder.eval()(images[:1], images[1:], places[1, 1:2])
+    torch.testing.assert_close(turns.codes[4:5], code)
+
+
+def test_the_mapping_learns_which_codes_go_with_which_object() -> None:
+    generator = lively_generator(COMPACT)
+    assert generator.mapping is not None
+    rng = torch.Generator().manual_seed(0)
+    kinds = torch.arange(600) % 2
+    codes = 0.1 * torch.randn(600, 6, generator=rng)
+    codes[:, 0] += 2.0 * kinds - 1
+    conditions = generator.encoder(torch.eye(24)[:2])[0].detach()[kinds]
+    turns = CodedTurns(codes, conditions, conditions, torch.full((600, 2), 30.0))
+    state = torch.get_rng_state()
+    fit_mapping(generator, turns, noise=0.1, history_dropout=0.5, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    drawn = generator.mapping(torch.randn(600, 6, generator=rng), conditions, turns.places)
+    right = (drawn[:, 0] > 0) == (kinds == 1)
+    assert right.float().mean() > 0.97
+    assert (drawn[:, 1:].std(0) < 0.35).all()
+    again = lively_generator(COMPACT)
+    fit_mapping(again, turns, noise=0.1, history_dropout=0.5, progress=False)
+    assert all(
+        torch.equal(a, b) for a, b in zip(generator.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+
+
+def test_a_generator_without_mapping_is_an_error() -> None:
+    turns = CodedTurns(torch.zeros(1, 6), torch.zeros(1, 12), torch.zeros(1, 12), None)
+    with pytest.raises(ValueError, match="mapping=False"):
+        fit_mapping(lively_generator(REFERENCE), turns, noise=0.1, history_dropout=0.0)

@@ -1,0 +1,80 @@
+"""correction.py: only first turns, at fixed pixels, and nothing before it was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from tiny import COMPACT, REFERENCE, lively_generator
+
+from condgan import IterativeGenerator
+from condgan.correction import LEAST_LIKENESS, FirstTurnCorrection
+
+
+def filled(num_objects: int = 3, condition_dim: int = 4) -> FirstTurnCorrection:
+    correction = FirstTurnCorrection(num_objects, condition_dim, 8)
+    correction.conditions.copy_(5 * torch.eye(num_objects, condition_dim))
+    correction.offsets.copy_(torch.randn(correction.offsets.shape))
+    return correction
+
+
+def test_a_fresh_correction_adds_nothing() -> None:
+    assert torch.equal(FirstTurnCorrection(3, 4, 8)(torch.randn(2, 4)), torch.zeros(2, 3, 8, 8))
+
+
+def test_each_object_gets_its_own_offset_whatever_the_length_of_the_condition() -> None:
+    correction = filled()
+    torch.testing.assert_close(correction(torch.eye(3, 4) * torch.tensor([[1.0], [5.0], [9.0]])), correction.offsets)
+
+
+def test_conditions_unlike_those_of_first_turns_get_nothing() -> None:
+    correction = filled()
+    angle = torch.acos(torch.tensor(LEAST_LIKENESS))
+    for share, factor in ((0.5, 1 - (1 - torch.cos(angle / 2)) / (1 - LEAST_LIKENESS)), (1.01, 0.0)):
+        near = torch.zeros(1, 4)
+        near[0, 0], near[0, 3] = torch.cos(share * angle), torch.sin(share * angle)
+        torch.testing.assert_close(correction(near), factor * correction.offsets[:1])
+
+
+def test_no_gradient_reaches_the_condition_and_no_optimizer_the_offsets() -> None:
+    correction = filled()
+    assert not correction(torch.eye(3, 4, requires_grad=True)).requires_grad
+    assert not [*correction.parameters()]
+
+
+def test_a_generator_adds_it_to_first_turns_at_the_pixels_where_it_was_measured() -> None:
+    generator = lively_generator(replace(COMPACT, condition_dim=64))
+    assert generator.correction is not None
+    generator.correction.offsets.zero_()
+    offset = torch.zeros(3, 64, 64)
+    offset[:, 12, 14] = 0.25
+    kind = torch.eye(24)[:1]
+    condition, hidden = generator.encoder(kind)
+    later, _ = generator.encoder(torch.eye(24)[5:6], hidden)
+    assert F.cosine_similarity(condition, later).item() < LEAST_LIKENESS
+    generator.correction.conditions.copy_(generator.encoder(torch.eye(24))[0])
+    arguments = torch.randn(1, generator.z_dim), torch.zeros(1, 3, 64, 64)
+
+    def added(condition: torch.Tensor, place: list[float]) -> torch.Tensor:
+        pictures = []
+        for value in (torch.zeros_like(offset), offset):
+            generator.correction.offsets[0] = value
+            with torch.no_grad():
+                pictures.append(generator(arguments[0], condition, arguments[1], torch.tensor([place])))
+        return pictures[1] - pictures[0]
+
+    torch.testing.assert_close(added(condition, [20.0, 20.0])[0], offset)
+    torch.testing.assert_close(added(condition, [26.0, 15.0])[0], offset)  # the window moves, the offset does not
+    assert not added(condition, [55.0, 55.0]).any(), "outside the window nothing changes"
+    assert not added(later, [20.0, 20.0]).any()
+
+
+def test_without_windows_it_is_added_to_the_whole_picture_which_stays_in_range() -> None:
+    generator = lively_generator(replace(REFERENCE, correction=True))
+    assert isinstance(generator, IterativeGenerator)
+    assert generator.correction is not None
+    generator.correction.offsets.fill_(10.0)
+    condition, _ = generator.encoder(torch.eye(24)[:2])
+    drawn = generator(torch.randn(2, generator.z_dim), condition, torch.zeros(2, 3, 64, 64))
+    torch.testing.assert_close(drawn, torch.ones(2, 3, 64, 64))
