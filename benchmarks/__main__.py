@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import condgan
-from benchmarks import drawing, loading, process, training, work
+from benchmarks import drawing, loading, process, scaling, training, work
 from benchmarks.measure import Row
 
 
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "drawing": drawing.run,
         "steps": drawing.steps,
         "training": training.run,
+        "ranks": scaling.run,
         "loading": loading.run,
         "start-up": process.start_up,
         "memory": process.memory,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from benchmarks.measure import Row, interleaved, matrix_product, median, operations, ratio
 from benchmarks.plain import PlainTraining
 from condgan import DiffDiscriminator, IterativeGenerator
+from condgan.ranks import ALONE, Ranks
 from condgan.training import PRESETS, Trainer, TrainingScenes
 
 SCENES = 4
@@ -38,12 +39,12 @@ def random_scenes(count: int) -> Any:
     )
 
 
-def trainer(penalty_interval: int) -> Trainer:
+def trainer(penalty_interval: int, num_scenes: int = SCENES, ranks: Ranks = ALONE) -> Trainer:
     """Ours, of fresh reference networks."""
-    config = dataclasses.replace(PRESETS["reference"], batch_scenes=SCENES, penalty_interval=penalty_interval)
+    config = dataclasses.replace(PRESETS["reference"], batch_scenes=num_scenes, penalty_interval=penalty_interval)
     generator = IterativeGenerator(config.generator)
-    scenes = TrainingScenes(random_scenes(SCENES), generator, fit_canvas=False)
-    made = Trainer(config, scenes, generator, DiffDiscriminator(config.discriminator))
+    scenes = TrainingScenes(random_scenes(num_scenes), generator, fit_canvas=False)
+    made = Trainer(config, scenes, generator, DiffDiscriminator(config.discriminator), ranks=ranks)
     made.step = 1  # step 0 is always penalised
     return made
 

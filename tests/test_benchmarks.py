@@ -12,7 +12,7 @@ import torch
 from reference import randomise
 
 from benchmarks import __main__ as command
-from benchmarks import loading, measure, plain
+from benchmarks import loading, measure, plain, scaling
 from condgan import DiffDiscriminator, DiscriminatorConfig, GeneratorConfig, IterativeGenerator
 from condgan.functional import encode_objects, roll_conditions, rollout
 
@@ -129,3 +129,31 @@ def test_the_command_prints_a_table_and_writes_json(
     plainly, packed = report["rows"]
     assert packed["ratio"] == pytest.approx(packed["value"] / plainly["value"]), "of one round; who wins is not tested"
     assert "| loading | condgan, packed |" in capsys.readouterr().out
+
+
+def test_ranks_alternate_and_their_ratio_is_that_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def step(count: int) -> float:
+        counts.append(count)
+        return len(counts) / count
+
+    monkeypatch.setattr(scaling, "_step", step)
+    one, two, faster = scaling.run(1)
+    assert counts == [1, 2] * 3
+    assert (one.value, two.value) == (36 / 3, 36 / 2)
+    assert faster.value == 3 / 2
+
+
+def test_a_rank_prints_the_seconds_of_its_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Sleeper:
+        def train_step(self) -> None:
+            time.sleep(0.02)
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(scaling, "trainer", lambda interval, scenes, ranks: Sleeper())
+    scaling.main()
+    torch.set_num_threads(threads)
+    assert 0.02 <= float(capsys.readouterr().out) < 1
