@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -102,6 +103,17 @@ def python(*arguments: str) -> float:
     return time.perf_counter() - start
 
 
+def printed_number(*arguments: str, **environment: str) -> float:
+    """The last thing that a Python process of its own prints, with more in its environment.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
+    return float(done.stdout.split()[-1])
+
+
 PEAK_MEMORY = """
 with open("/proc/self/status") as file:  # what getrusage says of the peak includes the parent process
     print(next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM")))
@@ -112,6 +124,4 @@ def peak_memory(program: str) -> float:
     """The most memory in MiB that a process of its own had while it ran ``program``; on Linux only, elsewhere NaN."""
     if not sys.platform.startswith("linux"):
         return math.nan
-    command = [sys.executable, "-W", "ignore", "-c", program + PEAK_MEMORY]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+    return printed_number("-W", "ignore", "-c", program + PEAK_MEMORY)

@@ -5,16 +5,11 @@
 
 from __future__ import annotations
 
-import os
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 
 import torch
 
-from benchmarks.measure import Row, ratio
+from benchmarks.measure import Row, interleaved, median, printed_number, ratio
 from benchmarks.training import trainer
 from condgan.ranks import joined
 
@@ -28,15 +23,9 @@ def main() -> None:
     """Measure as one of the ranks that ``torchrun`` has started."""
     torch.set_num_threads(1)
     with joined("cpu") as ranks:
-        ours = trainer(10**9, SCENES, ranks)
-        ours.train_step()
-        seconds = []
-        for _ in range(STEPS):
-            start = time.perf_counter()
-            ours.train_step()
-            seconds.append(time.perf_counter() - start)
+        times = interleaved({"step": trainer(10**9, SCENES, ranks).train_step}, STEPS)
         if ranks.leads:
-            print(statistics.median(seconds))
+            print(median(times, "step"))
 
 
 def _step(count: int) -> float:
@@ -46,10 +35,7 @@ def _step(count: int) -> float:
         subprocess.CalledProcessError: a rank failed.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, "-m", "benchmarks.scaling"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return float(done.stdout.split()[-1])
+    return printed_number(*launch, "-m", "benchmarks.scaling", OMP_NUM_THREADS="1")
 
 
 def run(rounds: int) -> Iterator[Row]:
@@ -61,7 +47,7 @@ def run(rounds: int) -> Iterator[Row]:
     pictures = 3 * SCENES
     for name in times:
         row = f"{name} rank{'s' if name == 'two' else ''} with one thread each"
-        yield Row("ranks", row, pictures / statistics.median(times[name]), "pictures/s")
+        yield Row("ranks", row, pictures / median(times, name), "pictures/s")
     yield Row("ranks", "two ranks against one", ratio(times, "one", "two"), "times faster")
 
 

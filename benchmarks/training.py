@@ -18,8 +18,6 @@ from condgan.training import PRESETS, Trainer, TrainingScenes
 
 SCENES = 4
 """Scenes a step; each has three turns, every one a picture to learn from."""
-
-
 INTERVAL = 16
 """Steps from one lazy penalty to the next (Karras et al. 2020, arXiv:1912.04958, section 3.1)."""
 

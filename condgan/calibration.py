@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 from condgan.drawing import iterate_turns, random_source
-from condgan.functional import evaluating, roll_conditions
+from condgan.functional import ConditionEncoder, evaluating, roll_conditions
 from condgan.images import from_uint8, to_uint8
 from condgan.models import IterativeGenerator, NoiseEncoder
 
@@ -25,6 +25,16 @@ MAPPING_BATCH_SIZE = 128
 MAPPING_LEARNING_RATE = 2e-3
 """The highest, of AdamW; one cycle over all steps."""
 MAX_GRADIENT_NORM = 10.0
+
+
+def read_alone(encoder: ConditionEncoder, objects: Tensor) -> Tensor:
+    """What the RNN says of turns (N, T, K) when it reads each as if it were the first: (N, T, D)."""
+    return roll_conditions(encoder, objects.flatten(0, 1)[:, None])[0].unflatten(0, objects.shape[:2])[:, :, 0]
+
+
+def with_noise(code: Tensor, noise: Tensor, std: float) -> Tensor:
+    """Codes with standard normal ``noise`` around them, of standard deviation ``std``; their variance stays 1."""
+    return (1 - std**2) ** 0.5 * code + std * noise
 
 
 class CodedTurns(NamedTuple):
@@ -56,7 +66,7 @@ def code_turns(
     device = next(generator.parameters()).device
     one_hot = F.one_hot(objects, len(generator.vocabulary)).float().to(device)
     conditions, _ = roll_conditions(generator.encoder, one_hot)
-    alone, _ = roll_conditions(generator.encoder, one_hot.flatten(0, 1)[:, None])
+    alone = read_alone(generator.encoder, one_hot)
     where = None if places is None else places.to(device)
     codes = []
     with evaluating(noise_encoder):
@@ -64,9 +74,8 @@ def code_turns(
             images = from_uint8(pixels[rows].to(device))
             place = None if where is None else where[rows].flatten(0, 1)
             codes.append(noise_encoder(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1), place))
-    return CodedTurns(
-        torch.cat(codes), conditions.flatten(0, 1), alone[:, 0], None if where is None else where.flatten(0, 1)
-    )
+    flat = None if where is None else where.flatten(0, 1)
+    return CodedTurns(torch.cat(codes), conditions.flatten(0, 1), alone.flatten(0, 1), flat)
 
 
 def fit_mapping(
@@ -102,7 +111,7 @@ def fit_mapping(
         around = torch.randn(MAPPING_BATCH_SIZE, turns.codes.shape[1], generator=rng).to(device)
         forgetful = (torch.rand(MAPPING_BATCH_SIZE, 1, generator=rng) < history_dropout).to(device)
         condition = torch.where(forgetful, turns.conditions_alone[rows], turns.conditions[rows])
-        code = (1 - noise**2) ** 0.5 * turns.codes[rows] + noise * around
+        code = with_noise(turns.codes[rows], around, noise)
         loss = mapping.loss(code, condition, None if turns.places is None else turns.places[rows]).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -66,7 +66,7 @@ class CouplingFlow(nn.Module):
     def forward(self, noise: Tensor) -> Tensor:
         x = noise.clamp(self.low[-1], self.high[-1])
         for (kept, weights), low, high in reversed([*zip(self._couplings(), self.low, self.high, strict=False)]):
-            mean, log_scale = self._affine(weights, x * kept)
+            mean, log_scale = _affine(weights, x * kept)
             x = _couple(x, kept, mean, log_scale).clamp(low, high)
         return x
 
@@ -133,7 +133,7 @@ class CouplingFlow(nn.Module):
         states = [x]
         volume = x.new_zeros(len(x))
         for kept, weights in self._couplings():
-            x, change = _uncouple(x, kept, *self._affine(weights, x * kept, dropout))
+            x, change = _uncouple(x, kept, *_affine(weights, x * kept, dropout))
             volume = volume + change
             states.append(x)
         return states, volume + _normal_log_prob(x)
@@ -142,15 +142,6 @@ class CouplingFlow(nn.Module):
         """Of each coupling the numbers that it keeps, (K,) bool, and its weights and biases."""
         weights = zip(self.weight1, self.bias1, self.weight2, self.bias2, self.weight3, self.bias3, strict=True)
         return zip(_kept(self.dim).to(self.low.device), weights, strict=True)
-
-    @staticmethod
-    def _affine(weights: tuple[Tensor, ...], kept_numbers: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Mean and log-scale, (N, K) each; those of kept numbers mean nothing."""
-        weight1, bias1, weight2, bias2, weight3, bias3 = weights
-        h = F.silu(F.linear(kept_numbers, weight1, bias1))
-        h = F.silu(F.linear(F.dropout(h, dropout), weight2, bias2))
-        mean, log_scale = F.linear(F.dropout(h, dropout), weight3, bias3).chunk(2, 1)
-        return mean, _bounded(log_scale)
 
 
 class ConditionalFlow(nn.Module):
@@ -206,10 +197,17 @@ class ConditionalFlow(nn.Module):
     @staticmethod
     def _affine(coupling: Any, kept_numbers: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         first, _, second, _, last = coupling  # as functions: so small, calls of modules take longer than the products
-        h = F.silu(F.linear(torch.cat((kept_numbers, context), 1), first.weight, first.bias))
-        h = F.silu(F.linear(h, second.weight, second.bias))
-        mean, log_scale = F.linear(h, last.weight, last.bias).chunk(2, 1)
-        return mean, _bounded(log_scale)
+        weights = first.weight, first.bias, second.weight, second.bias, last.weight, last.bias
+        return _affine(weights, torch.cat((kept_numbers, context), 1))
+
+
+def _affine(weights: tuple[Tensor, ...], known: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean and log-scale, (N, K) each, read off what a coupling knows; those of kept numbers mean nothing."""
+    weight1, bias1, weight2, bias2, weight3, bias3 = weights
+    h = F.silu(F.linear(known, weight1, bias1))
+    h = F.silu(F.linear(F.dropout(h, dropout), weight2, bias2))
+    mean, log_scale = F.linear(F.dropout(h, dropout), weight3, bias3).chunk(2, 1)
+    return mean, _bounded(log_scale)
 
 
 def _couple(x: Tensor, kept: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

@@ -148,11 +148,12 @@ def _run(trainer: Trainer, out: Path, checkpoint_seconds: float, progress: bool)
             if stopped:
                 ranks.any(False)  # torchrun ends those that still write when others have gone
                 raise KeyboardInterrupt
-        generator = copy.deepcopy(trainer.ema_generator)
         if ranks.leads:
             _save_checkpoint(trainer, out / CHECKPOINT)
             generator = trainer.finish(progress)
             _save_models(trainer, generator, out)
+        else:
+            generator = copy.deepcopy(trainer.ema_generator)
         ranks.copy_from_first(generator)
         return generator
 

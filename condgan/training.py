@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condgan import images as pictures
-from condgan.calibration import code_turns, correct_first_turns, fit_mapping, recalibrate
+from condgan.calibration import code_turns, correct_first_turns, fit_mapping, read_alone, recalibrate, with_noise
 from condgan.datasets import SceneDataset
 from condgan.functional import changed_region, place_of_change, roll_conditions, rollout
 from condgan.losses import OBJECTIVES
@@ -419,9 +419,9 @@ class Trainer:
         rng = _step_rng(self.config.seed, self.step, "history")
         forgetful = torch.rand(batch.part.total, generator=rng) < self.config.history_dropout
         if forgetful.any():  # on every rank alike
-            alone, _ = roll_conditions(self.generator.encoder, objects.flatten(0, 1)[:, None])  # (N, 1, D)
+            alone = read_alone(self.generator.encoder, objects)
             forgetful = forgetful[batch.part.scenes].to(conditions.device)[:, None, None]
-            conditions = torch.where(forgetful, alone.view_as(conditions), conditions)
+            conditions = torch.where(forgetful, alone, conditions)
         return conditions.flatten(0, 1)
 
     def _noise(self, batch: Batch, purpose: str) -> Tensor:
@@ -449,7 +449,7 @@ class Trainer:
         """The code that the noise encoder sees in the real pictures, (N, z_dim)."""
         assert self.noise_encoder is not None
         found = self.noise_encoder(batch.prev_images, batch.images, batch.places)
-        return (1 - FOUND_NOISE_STD**2) ** 0.5 * found + FOUND_NOISE_STD * self._noise(batch, "around")
+        return with_noise(found, self._noise(batch, "around"), FOUND_NOISE_STD)
 
     @torch.no_grad()
     def _random_code(self, batch: Batch, conditions: Tensor) -> Tensor:
