@@ -18,6 +18,8 @@ from condgan.models import IterativeGenerator, NoiseEncoder
 
 CORRECTION_PASSES = 3
 """How often :func:`correct_first_turns` draws all scenes."""
+RIDGE = 0.05
+"""Share of the scenes that answers to the light are shortened by: there are about 200 of each object."""
 BATCH_SIZE = 32
 MAPPING_EPOCHS = 32
 """How often :func:`fit_mapping` sees every turn."""
@@ -48,6 +50,8 @@ class CodedTurns(NamedTuple):
     """(N, D): what the RNN says when it reads the turn as if it were the first."""
     places: Tensor | None
     """(N, 2) pixels, for models that know places."""
+    light: Tensor | None
+    """(N, light_inputs), for models that know the light."""
 
 
 @torch.no_grad()
@@ -68,14 +72,18 @@ def code_turns(
     conditions, _ = roll_conditions(generator.encoder, one_hot)
     alone = read_alone(generator.encoder, one_hot)
     where = None if places is None else places.to(device)
-    codes = []
+    codes, light = [], []
     with evaluating(noise_encoder):
         for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
             images = from_uint8(pixels[rows].to(device))
             place = None if where is None else where[rows].flatten(0, 1)
-            codes.append(noise_encoder(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1), place))
+            before, after = images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1)
+            codes.append(noise_encoder(before, after, place))
+            if generator.light is not None:
+                light.append(generator.light(before))
     flat = None if where is None else where.flatten(0, 1)
-    return CodedTurns(torch.cat(codes), conditions.flatten(0, 1), alone.flatten(0, 1), flat)
+    lights = torch.cat(light) if light else None
+    return CodedTurns(torch.cat(codes), conditions.flatten(0, 1), alone.flatten(0, 1), flat, lights)
 
 
 def fit_mapping(
@@ -112,7 +120,8 @@ def fit_mapping(
         forgetful = (torch.rand(MAPPING_BATCH_SIZE, 1, generator=rng) < history_dropout).to(device)
         condition = torch.where(forgetful, turns.conditions_alone[rows], turns.conditions[rows])
         code = with_noise(turns.codes[rows], around, noise)
-        loss = mapping.loss(code, condition, None if turns.places is None else turns.places[rows]).mean()
+        place, light = (None if x is None else x[rows] for x in (turns.places, turns.light))
+        loss = mapping.loss(code, condition, place, light).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(mapping.parameters(), MAX_GRADIENT_NORM)
@@ -158,8 +167,9 @@ def correct_first_turns(
 ) -> None:
     """Measure what first turns have wrong on average, object by object, and have the generator take it off.
 
-    Every pass draws the first turns of all scenes and moves the mean of what an object changes towards that of the real
-    turns: in the n-th pass by the n-th part of what is still missing, so that all passes count alike.
+    What an object changes in a picture is explained by the object and, for models that know the light, linearly by the
+    light, in real turns and in drawn ones. Every pass draws the first turns of all scenes and moves the correction
+    towards the difference: in the n-th pass by the n-th part of what is still missing, so that all passes count alike.
 
     Args:
         generator: changed in place, with ``config.correction``. Its batch norms must be final: see :func:`recalibrate`.
@@ -170,37 +180,60 @@ def correct_first_turns(
     Raises:
         ValueError: the generator has no correction.
 
-    Source: stochastic approximation, Robbins and Monro 1951.
+    Source: stochastic approximation, Robbins and Monro 1951; ridge regression, Hoerl and Kennard 1970.
     """
     correction = generator.correction
     if correction is None:
         raise ValueError("generator: its configuration has correction=False, so there is nothing to measure")
+    device = correction.conditions.device
     kinds = torch.eye(len(generator.vocabulary))
-    correction.conditions.copy_(generator.encoder(kinds.to(correction.conditions.device))[0])
-    correction.offsets.zero_()
-    real = torch.zeros(correction.offsets.shape)
+    correction.conditions.copy_(generator.encoder(kinds.to(device))[0])
+    correction.clear_()
+    real = _Answers(generator)
     for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
-        before, after = from_uint8(pixels[rows]).unbind(1)
-        real += _changes(before, after, kinds[objects[rows]])
-    counts = torch.bincount(objects, minlength=len(kinds)).clamp(min=1)[:, None, None, None]
+        before, after = from_uint8(pixels[rows].to(device)).unbind(1)
+        real.add(before, after, kinds[objects[rows]])
     total = CORRECTION_PASSES * len(pixels)
     with (
         evaluating(generator),
         tqdm(total=total, desc="first turns", unit="img", file=sys.stderr, disable=not progress) as bar,
     ):
         for number in range(CORRECTION_PASSES):
-            drawn = torch.zeros_like(real)
+            drawn = _Answers(generator)
             for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
                 rngs = [random_source(number * len(pixels) + row) for row in rows.tolist()]
                 one_hot = kinds[objects[rows]]
                 turns = iterate_turns(generator, one_hot[:, None], rngs, [[]] * len(rows), None)
-                before, after = (from_uint8(to_uint8(image)) for image, _ in turns)
-                drawn += _changes(before, after, one_hot)
+                before, after = (from_uint8(to_uint8(image).to(device)) for image, _ in turns)
+                drawn.add(before, after, one_hot)
                 bar.update(len(rows))
-            step = (real - drawn) / counts / (number + 1)
-            correction.offsets += step.to(correction.offsets.device)
+            correction.add_((real.coefficients() - drawn.coefficients()) / (number + 1))
 
 
-def _changes(before: Tensor, after: Tensor, one_hot: Tensor) -> Tensor:
-    """Sums (K, 3, H, W) over N turns of what changed, each turn with the object that was added."""
-    return torch.einsum("nk,nchw->kchw", one_hot, after - before)
+class _Answers:
+    """Linear regression, object by object, of what a turn changed on how the scene is lit."""
+
+    def __init__(self, generator: IterativeGenerator) -> None:
+        self.generator = generator
+        self.products: Tensor | float = 0.0
+        self.sums: Tensor | float = 0.0
+
+    def add(self, before: Tensor, after: Tensor, one_hot: Tensor) -> None:
+        """Take note of N turns, each with the object that was added, (N, K)."""
+        light = self.generator.read_light(before)
+        known = torch.ones(len(before), 1, device=before.device)
+        known = known if light is None else torch.cat((known, light), 1)  # (N, 1 + L)
+        one_hot = one_hot.to(known)
+        self.products = self.products + torch.einsum("nk,ni,nj->kij", one_hot, known, known)
+        known_by_kind = torch.einsum("nk,ni->kin", one_hot, known)
+        self.sums = self.sums + (known_by_kind @ (after - before).flatten(1)).unflatten(2, before.shape[1:])
+
+    def coefficients(self) -> Tensor:
+        """(K, 1 + L, 3, H, W): the mean change, and the answer to each number; 0 for objects that were never added."""
+        assert isinstance(self.products, Tensor) and isinstance(self.sums, Tensor)
+        counts = self.products[:, 0, 0, None]
+        ridge = torch.full_like(self.products[:, 0], RIDGE) * counts
+        ridge[:, 0] = 0
+        ridge += (counts == 0).to(ridge)
+        found = torch.linalg.solve(self.products + torch.diag_embed(ridge), self.sums.flatten(2))
+        return found.view_as(self.sums)

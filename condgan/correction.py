@@ -1,4 +1,4 @@
-"""What the first turns of a generator have wrong on average, measured once and taken off."""
+"""What the first turns of a generator have wrong on average in each light, measured once and taken off."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ class FirstTurnCorrection(nn.Module):
 
     In i-CLEVR a first object always stands at the same pixels. There an error that all pictures of an object share
     gives away every one of them, though it is a single grey level: whoever looks at many sees the mean. Convolutions
-    share their weights among all pixels, and adversarial training leaves such an error behind. So it is measured after
-    training (:func:`condgan.calibration.correct_first_turns`). A first turn is known by its condition, which depends
-    on the object only; to other turns nothing is added.
+    share their weights among all pixels, and adversarial training leaves such an error behind. The same holds for how
+    an object answers to the light. So both are measured after training
+    (:func:`condgan.calibration.correct_first_turns`): an offset for each object, and a slope for each number that says
+    how the scene is lit, in a square at the middle. A first turn is known by its condition, which depends on the object
+    only; to other turns nothing is added.
 
     All weights are buffers: the optimizer of a larger model leaves them alone. A fresh correction adds nothing.
 
@@ -26,9 +28,12 @@ class FirstTurnCorrection(nn.Module):
         num_objects: size K of the vocabulary.
         condition_dim: length D of the condition.
         image_size: side of the pictures in pixels.
+        light_inputs: numbers L that say how a scene is lit.
+        slope_size: side in pixels of the square with slopes.
 
     Shape:
         condition: (N, D); no gradient flows back to it.
+        light: (N, L), or None without light.
         output: (N, 3, H, W), to be added to pictures in [-1, 1].
 
     Source: matching the means of real and drawn pictures is the feature matching of Salimans et al. 2016,
@@ -37,16 +42,42 @@ class FirstTurnCorrection(nn.Module):
 
     conditions: Tensor
     offsets: Tensor
+    slopes: Tensor | None
 
-    def __init__(self, num_objects: int, condition_dim: int, image_size: int) -> None:
+    def __init__(
+        self, num_objects: int, condition_dim: int, image_size: int, light_inputs: int = 0, slope_size: int = 0
+    ) -> None:
         super().__init__()
         self.register_buffer("conditions", torch.zeros(num_objects, condition_dim))
         self.register_buffer("offsets", torch.zeros(num_objects, 3, image_size, image_size))
+        slopes = torch.zeros(num_objects, 3 * light_inputs, slope_size, slope_size) if light_inputs else None
+        self.register_buffer("slopes", slopes)  # of rank 4, or a module cannot be channels_last
 
-    def forward(self, condition: Tensor) -> Tensor:
+    def forward(self, condition: Tensor, light: Tensor | None = None) -> Tensor:
         likeness = F.normalize(condition.detach()) @ F.normalize(self.conditions).T  # (N, K)
+        likeness, nearest = likeness.max(1)
+        offset = self.offsets[nearest]
+        if light is not None and self.slopes is not None:
+            slopes = self.slopes[nearest].unflatten(1, (-1, 3))
+            answer = torch.einsum("nl,nlchw->nchw", light.to(offset.dtype), slopes)
+            margin = (offset.shape[-1] - answer.shape[-1]) // 2
+            offset = offset + F.pad(answer, (margin,) * 4)
         share = F.relu((likeness - LEAST_LIKENESS) / (1 - LEAST_LIKENESS))
-        return (share @ self.offsets.flatten(1)).unflatten(1, self.offsets.shape[1:])
+        return share[:, None, None, None] * offset
+
+    def clear_(self) -> None:
+        """Add nothing any more."""
+        self.offsets.zero_()
+        if self.slopes is not None:
+            self.slopes.zero_()
+
+    def add_(self, coefficients: Tensor) -> None:
+        """Add offsets and, after them, slopes: (K, 1 + L, 3, H, W), of which slopes beyond the square are left out."""
+        self.offsets += coefficients[:, 0]
+        if self.slopes is not None:
+            size = self.slopes.shape[-1]
+            inside = slice((self.offsets.shape[-1] - size) // 2, (self.offsets.shape[-1] + size) // 2)
+            self.slopes += coefficients[:, 1:, :, inside, inside].flatten(1, 2)
 
     def extra_repr(self) -> str:
         num_objects, condition_dim = self.conditions.shape

@@ -37,8 +37,16 @@ SHIPPED = Path(__file__).with_name("pretrained")
 PUBLISHED: tuple[tuple[str, str], ...] = ()
 """The checkpoints of ours on the hub: (hub id, model type)."""
 
+ADDED_LATER = "added later"
+"""Key in the metadata of a config's field that checkpoints of earlier versions do not have."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def added_later(default: Any) -> Any:
+    """A field of a config that earlier versions did not have; in their checkpoints it is ``default``."""
+    return dataclasses.field(default=default, metadata={ADDED_LATER: True})
 
 
 class CheckpointError(ValueError):
@@ -376,6 +384,8 @@ def _parse_config(text: bytes, source: str, model_type: str, config_class: type[
             f"{source} holds the model type {found}, wanted is {model_type}: load it with {found}.from_pretrained."
         )
     hints = get_type_hints(config_class)
+    later = {f.name: f.default for f in dataclasses.fields(config_class) if f.metadata.get(ADDED_LATER)}
+    values = later | values
     for problem, keys in (("unknown", values.keys() - hints.keys()), ("missing", hints.keys() - values.keys())):
         if keys:
             raise CheckpointError(

@@ -22,8 +22,9 @@ from condgan.correction import FirstTurnCorrection
 from condgan.drawing import Redraw
 from condgan.flow import ConditionalFlow
 from condgan.functional import crop, local_mean, paste, place_map, window_corners
-from condgan.hub import PretrainedModel
+from condgan.hub import PretrainedModel, added_later
 from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised
+from condgan.light import SceneLight
 from condgan.requests import Place
 from condgan.results import Drawing, Turn
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
@@ -62,15 +63,20 @@ class GeneratorConfig:
     """Whether the noise conditions every norm layer too, beside the first linear one."""
     mapping: bool = False
     """Whether the noise is first mapped to a code that suits the object and its place (:class:`NoiseMapping`)."""
-    correction: bool = False
+    correction: bool = added_later(False)
     """Whether the mean error of first turns is taken off (:class:`condgan.correction.FirstTurnCorrection`)."""
     light_components: int = 0
     """Directions in which the light of the empty scene varies; 0 starts every scene on one fixed canvas."""
+    light_inputs: int = added_later(0)
+    """Numbers that tell the norm layers and the mapping how the scene is lit (:class:`condgan.light.SceneLight`); 0: a
+    turn knows the light of its window only."""
 
     def __post_init__(self) -> None:
         _check_image_size(self.image_size)
         _check_at_least(1, width=self.width, condition_dim=self.condition_dim, num_turns=self.num_turns)
-        _check_at_least(0, z_dim=self.z_dim, light_components=self.light_components)
+        _check_at_least(0, z_dim=self.z_dim, light_components=self.light_components, light_inputs=self.light_inputs)
+        if self.light_inputs and not self.light_components:
+            raise ValueError(f"light_inputs={self.light_inputs} needs light that varies: light_components is 0")
         if self.output not in ("tanh", "blend"):
             raise ValueError(f"output must be 'tanh' or 'blend', got {self.output!r}")
         _check_window(self.window, self.image_size, self.places)
@@ -96,10 +102,13 @@ class DiscriminatorConfig:
     """Side in pixels of the square around the place that is judged, as in :class:`GeneratorConfig`."""
     spectral_norm: bool = True
     """Whether every layer has spectral normalisation; without it the gradient penalties must hold it."""
+    light_inputs: int = added_later(0)
+    """Numbers that say how the scene is lit, as in :class:`GeneratorConfig`."""
 
     def __post_init__(self) -> None:
         _check_image_size(self.image_size)
         _check_at_least(1, width=self.width, condition_dim=self.condition_dim)
+        _check_at_least(0, light_inputs=self.light_inputs)
         _check_window(self.window, self.image_size, self.places)
 
 
@@ -341,6 +350,7 @@ class NoiseMapping(nn.Module):
         z: (N, z_dim), standard normal.
         condition: (N, D).
         place: (N, 2) pixels (x, y), for models that know places; else None.
+        light: (N, light_inputs), for models that know the light; else None.
         output: code (N, z_dim), about of mean 0 and variance 1 over all turns.
 
     Source: the mapping network of Karras et al. 2019 (StyleGAN), arXiv:1812.04948, here a normalizing flow
@@ -354,18 +364,22 @@ class NoiseMapping(nn.Module):
         super().__init__()
         self.scale = 2 / (config.image_size - 1)
         self.context = nn.Linear(config.condition_dim, self.context_dim)
-        self.flow = ConditionalFlow(config.z_dim, self.context_dim + (2 if config.places else 0))
+        self.flow = ConditionalFlow(config.z_dim, self.context_dim + 2 * config.places + config.light_inputs)
 
-    def forward(self, z: Tensor, condition: Tensor, place: Tensor | None = None) -> Tensor:
-        return self.flow(z, self._read(condition, place))
+    def forward(self, z: Tensor, condition: Tensor, place: Tensor | None = None, light: Tensor | None = None) -> Tensor:
+        return self.flow(z, self._read(condition, place, light))
 
-    def loss(self, code: Tensor, condition: Tensor, place: Tensor | None = None) -> Tensor:
+    def loss(self, code: Tensor, condition: Tensor, place: Tensor | None = None, light: Tensor | None = None) -> Tensor:
         """Negative log-likelihood (N,) in nats of codes (N, z_dim)."""
-        return -self.flow.log_prob(code, self._read(condition, place))
+        return -self.flow.log_prob(code, self._read(condition, place, light))
 
-    def _read(self, condition: Tensor, place: Tensor | None) -> Tensor:
-        context = self.context(condition)
-        return context if place is None else torch.cat((context, place.to(context.dtype) * self.scale - 1), 1)
+    def _read(self, condition: Tensor, place: Tensor | None, light: Tensor | None) -> Tensor:
+        context = [self.context(condition)]
+        if place is not None:
+            context.append(place * self.scale - 1)
+        if light is not None:
+            context.append(light)
+        return torch.cat([x.to(context[0].dtype) for x in context], 1)
 
 
 class IterativeGenerator(PretrainedModel):
@@ -420,7 +434,7 @@ class IterativeGenerator(PretrainedModel):
         self.prev_encoder = PreviousImageEncoder(known, channels)
         joined = [*reversed(channels)]  # from the second resolution up
         joined = joined if skips else [joined[0], *(0 for _ in joined[1:])]
-        norm_dim = config.condition_dim + (config.z_dim if config.noise_in_norm else 0)
+        norm_dim = config.condition_dim + (config.z_dim if config.noise_in_norm else 0) + config.light_inputs
 
         self.c_proj = nn.Linear(config.condition_dim, config.condition_dim)
         self.l0 = nn.Linear(config.z_dim + config.condition_dim, widths[0] * self.coarsest**2)
@@ -435,12 +449,13 @@ class IterativeGenerator(PretrainedModel):
         self.tanh = nn.Tanh()
 
         self.canvas = Canvas(config.image_size, config.light_components)
+        self.light = SceneLight(config.light_inputs) if config.light_inputs else None
         self.place_model = PlaceModel(config.image_size, config.condition_dim) if config.places else None
         self.mapping = NoiseMapping(config) if config.mapping else None
-        num_objects = len(self.vocabulary)
-        self.correction = (
-            FirstTurnCorrection(num_objects, config.condition_dim, config.image_size) if config.correction else None
-        )
+        self.correction = None
+        if config.correction:
+            sizes = len(self.vocabulary), config.condition_dim, config.image_size, config.light_inputs
+            self.correction = FirstTurnCorrection(*sizes, config.window or config.image_size)
 
     @property
     def image_size(self) -> int:
@@ -459,8 +474,13 @@ class IterativeGenerator(PretrainedModel):
 
     def forward(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None) -> Tensor:
         self._check_turn(z, condition, prev_image, place)
-        code = z if self.mapping is None else self.mapping(z, condition, place)
-        return self._turn(code, condition, prev_image, place)
+        light = self.read_light(prev_image)
+        code = z if self.mapping is None else self.mapping(z, condition, place, light)
+        return self._turn(code, condition, prev_image, place, light)
+
+    def read_light(self, prev_image: Tensor) -> Tensor | None:
+        """How the picture so far is lit, (N, light_inputs); None for models that do not ask."""
+        return None if self.light is None else self.light(prev_image)
 
     def synthesis(self, code: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None) -> Tensor:
         """:meth:`forward` after the mapping: what draws with a code that a :class:`NoiseEncoder` found.
@@ -475,15 +495,17 @@ class IterativeGenerator(PretrainedModel):
             As :meth:`forward`.
         """
         self._check_turn(code, condition, prev_image, place)
-        return self._turn(code, condition, prev_image, place)
+        return self._turn(code, condition, prev_image, place, self.read_light(prev_image))
 
-    def _turn(self, code: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None) -> Tensor:
+    def _turn(
+        self, code: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None, light: Tensor | None
+    ) -> Tensor:
         view = _view([prev_image], place, self.config.window)
         known = torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype)
         known = known.contiguous(memory_format=torch.channels_last)  # convolutions are much faster so
-        drawn = self._draw(code, condition, view.images[0], known)
+        drawn = self._draw(code, condition, view.images[0], known, light)
         if self.correction is not None:
-            offset = self.correction(condition)
+            offset = self.correction(condition, light)
             if view.corners is not None:
                 offset = crop(offset, view.corners, drawn.shape[-1])
             drawn = (drawn + offset.to(drawn.dtype)).clamp(-1, 1)
@@ -497,10 +519,12 @@ class IterativeGenerator(PretrainedModel):
         _check_shape("condition", condition, len(prev_image), self.config.condition_dim)
         _check_place(self.config.places, place, len(prev_image))
 
-    def _draw(self, code: Tensor, condition: Tensor, prev_image: Tensor, known: Tensor) -> Tensor:
+    def _draw(self, code: Tensor, condition: Tensor, prev_image: Tensor, known: Tensor, light: Tensor | None) -> Tensor:
         """The turn inside the window: ``known`` is ``prev_image`` (N, 3, h, w) with the maps of its place."""
         features = self.prev_encoder(known)[::-1]  # from the second resolution up
         norm_condition = torch.cat((condition, code), 1) if self.config.noise_in_norm else condition
+        if light is not None:
+            norm_condition = torch.cat((norm_condition, light.to(condition.dtype)), 1)
 
         x = self.l0(torch.cat((code, self.c_proj(condition)), 1)).unflatten(1, (-1, self.coarsest, self.coarsest))
         x = x.contiguous(memory_format=torch.channels_last)
@@ -649,6 +673,10 @@ class DiffDiscriminator(PretrainedModel):
         widths = [3 + sum(View.channels(config)), *_widths(self.num_blocks, config.width)]
         for i in range(self.num_blocks):
             setattr(self, f"block{i + 1}", DisBlock(widths[i], widths[i + 1], i > 0, config.spectral_norm))
+        self.light = SceneLight(config.light_inputs) if config.light_inputs else None
+        if config.light_inputs:  # a fresh one disregards it
+            self.light_bias = nn.Linear(config.light_inputs, widths[3], bias=False)
+            nn.init.zeros_(self.light_bias.weight)
         num_features = widths[-1]
         hidden = max(num_features // 4, 1)
         self.l6 = normalised(nn.Linear(num_features, 1), config.spectral_norm)
@@ -679,6 +707,8 @@ class DiffDiscriminator(PretrainedModel):
             x = self.get_submodule(f"block{i + 1}")(x)
         before, *after = x.chunk(1 + len(images))
         x = torch.cat([features - before for features in after])  # nothing but zeros where nothing changed
+        if self.light is not None:  # what changed must fit it
+            x = x + self.light_bias(self.light(prev_image).to(x.dtype)).repeat(len(images), 1)[:, :, None, None]
         for i in range(3, self.num_blocks):
             x = self.get_submodule(f"block{i + 1}")(x)
         features = F.leaky_relu(x, NEGATIVE_SLOPE).sum((2, 3))

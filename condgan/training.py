@@ -50,7 +50,8 @@ class TrainConfig:
     """Pictures to train on, over both stages; a longer run may go on from a shorter one."""
     reconstruction_images: int = 0
     """Length of the first stage, in pictures: the noise encoder finds the code of the real next picture, from which
-    the generator must draw it; no discriminator."""
+    the generator must draw it; no discriminator. Then what a code means is settled: the noise encoder learns no
+    more."""
     reconstruction_weight: float = 0.0
     """Adversarial stage: weight of the same reconstruction for half of the pictures; the others get random noise, as
     all do with a weight of 0."""
@@ -90,7 +91,18 @@ class TrainConfig:
         for name in ("batch_scenes", "penalty_interval", "ema_halflife_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("image_size", "places", "window", "condition_dim", "objects"):
+        for name in ("images", "reconstruction_images", "reconstruction_weight", "decay_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("own_pictures", "history_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, from 0 to 1, got {getattr(self, name)}")
+        if self.reconstruction_weight and not (self.reconstruction_images or self.init_noise_encoder):
+            raise ValueError(
+                f"reconstruction_weight={self.reconstruction_weight} needs a noise encoder that has learned: "
+                "give reconstruction_images or init_noise_encoder"
+            )
+        for name in ("image_size", "places", "window", "condition_dim", "objects", "light_inputs"):
             ours, theirs = getattr(self.generator, name), getattr(self.discriminator, name)
             if ours != theirs:
                 raise ValueError(f"generator and discriminator must agree on {name}, got {ours!r} and {theirs!r}")
@@ -118,8 +130,9 @@ PRESETS: dict[str, TrainConfig] = {
             mapping=True,
             correction=True,
             light_components=64,
+            light_inputs=12,
         ),
-        discriminator=DiscriminatorConfig(width=32, places=True, window=40, spectral_norm=False),
+        discriminator=DiscriminatorConfig(width=32, places=True, window=40, spectral_norm=False, light_inputs=12),
         objective="relativistic",
         images=500_000,
         reconstruction_images=65_000,
@@ -204,8 +217,8 @@ class TrainingScenes:
 
     Args:
         data: scenes of the train split.
-        generator: its canvas is fitted to them, unless it was before.
-        fit_canvas: whether to fit it.
+        generator: its canvas and what it knows of light are fitted to them, unless they were before.
+        fit_canvas: whether to fit them.
     """
 
     def __init__(self, data: SceneDataset, generator: IterativeGenerator, fit_canvas: bool = True) -> None:
@@ -216,6 +229,8 @@ class TrainingScenes:
             empty = generator.canvas.remove_objects(first)
         else:
             empty = generator.canvas.mean.expand_as(first)
+        if fit_canvas and generator.light is not None:
+            generator.light.fit(empty)
         self.pixels = torch.cat((pictures.to_uint8(empty)[:, None], data.pixels), 1)  # (S, T + 1, 3, H, W)
         self.objects = data.objects  # (S, T) ids
         self.names = data.vocabulary.names
@@ -309,6 +324,8 @@ class Trainer:
         self.scenes = scenes
         self.objective = OBJECTIVES[config.objective]
         self.device = next(generator.parameters()).device
+        if generator.light is not None and discriminator.light is not None:
+            discriminator.light.load_state_dict(generator.light.state_dict())
         self.generator = generator.to(memory_format=torch.channels_last).train()
         self.discriminator = discriminator.to(memory_format=torch.channels_last).train()
         self.noise_encoder = noise_encoder
@@ -326,7 +343,7 @@ class Trainer:
         betas = (0.0, config.beta2)
         self.optimizers = {
             "reconstruction": torch.optim.Adam([*encoder, *others, *found], config.lr_reconstruction, (0.0, 0.99)),
-            "generator": torch.optim.Adam([*others, *found], config.lr_generator, betas),
+            "generator": torch.optim.Adam(others, config.lr_generator, betas),
             "encoder": torch.optim.Adam(encoder, config.lr_encoder, betas),
             "discriminator": torch.optim.Adam(discriminator.parameters(), config.lr_discriminator, betas),
         }
@@ -350,8 +367,20 @@ class Trainer:
         num_images = self.config.batch_scenes * self.scenes.objects.shape[1]
         self._update_average(num_images)
         self.step += 1
+        reconstructed = not self.adversarial
         self.images += num_images
+        if reconstructed and self.adversarial:
+            self._settle_codes()
         return dict(zip(reports[0], total.tolist(), strict=True))
+
+    def _settle_codes(self) -> None:
+        """From now on the noise encoder stays as it is; what the mapping knows of its codes is brought up to date."""
+        ours, averaged = self.generator.mapping, self.ema_generator.mapping
+        if ours is not None and averaged is not None:
+            self._fit_mapping(self.ema_generator, progress=False)
+            ours.load_state_dict(averaged.state_dict())
+            for generator in (self.generator, self.ema_generator):
+                self.ranks.copy_from_first(generator)
 
     def _learn_from(self, part: Part) -> dict[str, Tensor]:
         """Add to the gradients what these scenes say; returns what they add to the losses."""
@@ -448,7 +477,10 @@ class Trainer:
     def _found_code(self, batch: Batch) -> Tensor:
         """The code that the noise encoder sees in the real pictures, (N, z_dim)."""
         assert self.noise_encoder is not None
-        found = self.noise_encoder(batch.prev_images, batch.images, batch.places)
+        if self.adversarial:
+            self.noise_encoder.eval()
+        with torch.set_grad_enabled(not self.adversarial):
+            found = self.noise_encoder(batch.prev_images, batch.images, batch.places)
         return with_noise(found, self._noise(batch, "around"), FOUND_NOISE_STD)
 
     @torch.no_grad()
@@ -456,7 +488,9 @@ class Trainer:
         """The code that the generator makes of random noise, (N, z_dim)."""
         z = self._noise(batch, "z")
         mapping = self.generator.mapping
-        return z if mapping is None else mapping(z, conditions.float(), batch.places)
+        if mapping is None:
+            return z
+        return mapping(z, conditions.float(), batch.places, self.generator.read_light(batch.prev_images))
 
     def _chance_losses(self, batch: Batch, conditions: Tensor, code: Tensor | None) -> dict[str, Tensor]:
         """Of what is left to chance, places and codes: how unlikely the real ones are. The networks are not touched."""
@@ -466,7 +500,8 @@ class Trainer:
             losses["place"] = batch.mean(self.generator.place_model.loss(batch.prev_images, conditions, batch.places))
         if self.generator.mapping is not None and code is not None:
             code = code.detach().float()
-            losses["mapping"] = batch.mean(self.generator.mapping.loss(code, conditions, batch.places))
+            light = self.generator.read_light(batch.prev_images)
+            losses["mapping"] = batch.mean(self.generator.mapping.loss(code, conditions, batch.places, light))
         return losses
 
     def _reconstruction_losses(self, batch: Batch) -> Losses:
@@ -584,14 +619,18 @@ class Trainer:
     def finish(self, progress: bool = True) -> IterativeGenerator:
         """What the run was for: :meth:`export`, with a mapping and a correction that fit the finished weights."""
         generator, scenes = copy.deepcopy(self.ema_generator), self.scenes
-        if generator.mapping is not None and self.noise_encoder is not None:
-            turns = code_turns(generator, self.noise_encoder, scenes.pixels, scenes.objects, scenes.places)
-            dropout = self.config.history_dropout
-            fit_mapping(generator, turns, noise=FOUND_NOISE_STD, history_dropout=dropout, progress=progress)
+        self._fit_mapping(generator, progress)
         self._recalibrated(generator)
         if generator.correction is not None:
             correct_first_turns(generator, scenes.pixels[:, :2], scenes.objects[:, 0], progress=progress)
         return generator
+
+    def _fit_mapping(self, generator: IterativeGenerator, progress: bool) -> None:
+        if generator.mapping is None or self.noise_encoder is None:
+            return
+        scenes, dropout = self.scenes, self.config.history_dropout
+        turns = code_turns(generator, self.noise_encoder, scenes.pixels, scenes.objects, scenes.places)
+        fit_mapping(generator, turns, noise=FOUND_NOISE_STD, history_dropout=dropout, progress=progress)
 
     def _recalibrated(self, generator: IterativeGenerator) -> IterativeGenerator:
         recalibrate(generator, F.one_hot(self.scenes.objects, self.scenes.num_objects).float())

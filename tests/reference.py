@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
+from condgan.light import SceneLight
 from condgan.models import (
     ConditionRNN,
     DiffDiscriminator,
@@ -31,10 +32,12 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     rng = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter += 0.3 * torch.randn(parameter.shape, generator=rng) / parameter[0].numel() ** 0.5
-    for norm in module.modules():
-        if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            norm.running_mean += 0.3 * torch.randn(norm.running_mean.shape, generator=rng)
-            norm.running_var *= 0.5 + torch.rand(norm.running_var.shape, generator=rng)
+    for part in module.modules():
+        if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            part.running_mean += 0.3 * torch.randn(part.running_mean.shape, generator=rng)
+            part.running_var *= 0.5 + torch.rand(part.running_var.shape, generator=rng)
+        if isinstance(part, SceneLight):
+            part.components += 0.1 * torch.randn(part.components.shape, generator=rng)
     return module.eval()
 
 
@@ -252,34 +255,28 @@ def generate_turn(
 ) -> Tensor:
     """One turn; with a window it is cut out of each picture, drawn, and put back."""
     size = generator.config.window
+    light = z.new_zeros(len(z), 0) if generator.light is None else generator.light(prev_image).to(z.dtype)
     if generator.mapping is not None:
-        z = torch.stack(
-            [
-                map_noise(
-                    generator.mapping, z[n], condition[n], None if place is None else place[n], prev_image.shape[-1]
-                )
-                for n in range(len(z))
-            ]
-        )
+        where = place if place is None else 2 * place / (prev_image.shape[-1] - 1) - 1
+        known = light if where is None else torch.cat((where, light), 1)
+        z = torch.stack([map_noise(generator.mapping, *row) for row in zip(z, condition, known, strict=True)])
     if place is None:
-        return draw(generator, z, condition, prev_image, prev_image)
+        return draw(generator, z, condition, light, prev_image, prev_image)
     if size is None:
         blobs = place_map(place.tolist(), prev_image.shape[-1]).to(prev_image.dtype)
-        return draw(generator, z, condition, prev_image, torch.cat((prev_image, blobs), 1))
+        return draw(generator, z, condition, light, prev_image, torch.cat((prev_image, blobs), 1))
     windows = [window_of(picture, xy, size) for picture, xy in zip(prev_image, place.tolist(), strict=True)]
     known = torch.stack([torch.cat((w.square, w.maps, w.detail)) for w in windows])
-    drawn = draw(generator, z, condition, known[:, :3], known)
+    drawn = draw(generator, z, condition, light, known[:, :3], known)
     out = prev_image.clone()
     for picture, patch, w in zip(out, drawn, windows, strict=True):
         picture[:, w.top : w.top + size, w.left : w.left + size] = patch
     return out
 
 
-def map_noise(mapping: NoiseMapping, z: Tensor, condition: Tensor, place: Tensor | None, image_size: int) -> Tensor:
+def map_noise(mapping: NoiseMapping, z: Tensor, condition: Tensor, known: Tensor) -> Tensor:
     """The code of one noise: coupling after coupling, the last one first, number by number."""
-    context = mapping.context.weight @ condition + mapping.context.bias
-    if place is not None:
-        context = torch.cat((context, 2 * place / (image_size - 1) - 1))
+    context = torch.cat((mapping.context.weight @ condition + mapping.context.bias, known))
     x = z.clone()
     for number in reversed(range(len(mapping.flow.couplings))):
         k = len(x)
@@ -293,11 +290,13 @@ def map_noise(mapping: NoiseMapping, z: Tensor, condition: Tensor, place: Tensor
     return x
 
 
-def draw(generator: IterativeGenerator, z: Tensor, condition: Tensor, prev_image: Tensor, known: Tensor) -> Tensor:
+def draw(
+    generator: IterativeGenerator, z: Tensor, condition: Tensor, light: Tensor, prev_image: Tensor, known: Tensor
+) -> Tensor:
     """The networks of a turn: every block doubles the resolution, and all but the first may see what is there."""
     config = generator.config
     features = previous_image_features(generator.prev_encoder, known)
-    norm_condition = torch.cat((condition, z), 1) if config.noise_in_norm else condition
+    norm_condition = torch.cat((condition, z, light) if config.noise_in_norm else (condition, light), 1)
     blend = config.output == "blend"
     side = known.shape[-1] // 2 ** (len(features) + 1)
 
@@ -335,6 +334,9 @@ def discriminate(
         x = dis_block(discriminator.block2, x, first=False)
         features.append(dis_block(discriminator.block3, x, first=False))
     x = features[1] - features[0]
+    if discriminator.light is not None:
+        light = discriminator.light(prev_image).to(x.dtype)
+        x = x + (light @ discriminator.light_bias.weight.T)[:, :, None, None]
     for name in ("block4", "block5", "block6"):
         x = dis_block(getattr(discriminator, name), x, first=False) if hasattr(discriminator, name) else x
     x = leaky_relu(x).sum((2, 3))

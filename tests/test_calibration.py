@@ -50,8 +50,8 @@ def mean_changes(generator: IterativeGenerator, names: Sequence[str], seeds: ran
 
 def test_corrected_first_turns_are_right_on_average_and_objects_without_data_stay_as_they_were() -> None:
     names = ("red cube", "blue sphere", "gray cylinder")
-    generator = lively_generator(replace(COMPACT, objects=names, light_components=0))
-    teacher = lively_generator(replace(COMPACT, objects=names, light_components=0), seed=1)
+    generator = lively_generator(replace(COMPACT, objects=names, light_components=0, light_inputs=0))
+    teacher = lively_generator(replace(COMPACT, objects=names, light_components=0, light_inputs=0), seed=1)
     scenes = draw_turns(teacher, [[name] for name in names[:2]] * 60, range(120))
     pixels, objects = to_uint8(scenes.images), torch.tensor([0, 1] * 60)
     seeds = range(1000, 1060)
@@ -62,6 +62,30 @@ def test_corrected_first_turns_are_right_on_average_and_objects_without_data_sta
     errors = [(drawn - real)[:2].square().mean().sqrt() for drawn in (before, after)]
     assert errors[1] < 0.35 * errors[0], errors
     assert not generator.training
+
+
+def test_corrected_first_turns_answer_to_the_light_as_real_ones_do() -> None:
+    """Both draw nothing but the correction, so what the one lacks is known."""
+    config = replace(COMPACT, objects=("red cube", "blue sphere"), window=None)
+    generator, teacher = lively_generator(config), lively_generator(config)
+    ramp = torch.linspace(-0.1, 0.1, 64)
+    scenes = [[name] for name in config.objects] * 80
+    for network in (generator, teacher):
+        torch.nn.init.constant_(network.conv.get_parameter("bias")[3:], -100.0)  # the mask is shut
+        network.canvas.mean.zero_()
+        network.canvas.components.copy_(
+            torch.stack((ramp.expand(64, 64), ramp[:, None].expand(64, 64), 0 * ramp.expand(64, 64)))[:, None]
+        )
+        assert network.light is not None and network.correction is not None
+        network.light.fit(draw_turns(network, scenes, range(len(scenes))).images[:, 0])
+        network.correction.clear_()
+    slopes = teacher.correction.slopes
+    slopes[:, :3, 10:20, 10:20] = 0.03
+    slopes[1, 3] = -0.02
+    pixels = to_uint8(draw_turns(teacher, scenes, range(len(scenes))).images)
+    correct_first_turns(generator, pixels, torch.tensor([0, 1] * 80), progress=False)
+    assert (generator.correction.slopes - slopes).abs().max() < 0.005
+    assert generator.correction.offsets.abs().max() < 0.005
 
 
 def test_a_generator_without_correction_is_an_error() -> None:
@@ -91,6 +115,8 @@ def test_codes_of_turns_come_with_what_the_generator_knows_of_each(data: Path) -
         images = pixels[1, 1:3].float() / 127.5 - 1
         code = noise_encoder.eval()(images[:1], images[1:], places[1, 1:2])
     torch.testing.assert_close(turns.codes[4:5], code)
+    assert turns.light is not None and turns.light.any()
+    torch.testing.assert_close(turns.light[4:5], generator.read_light(images[:1]))
 
 
 def test_the_mapping_learns_which_codes_go_with_which_object() -> None:
@@ -101,14 +127,18 @@ def test_the_mapping_learns_which_codes_go_with_which_object() -> None:
     codes = 0.1 * torch.randn(600, 6, generator=rng)
     codes[:, 0] += 2.0 * kinds - 1
     conditions = generator.encoder(torch.eye(24)[:2])[0].detach()[kinds]
-    turns = CodedTurns(codes, conditions, conditions, torch.full((600, 2), 30.0))
+    bright = (torch.arange(600) % 4 < 2).float()
+    codes[:, 1] += 2.0 * bright - 1
+    light = torch.stack((bright, torch.zeros(600)), 1)
+    turns = CodedTurns(codes, conditions, conditions, torch.full((600, 2), 30.0), light)
     state = torch.get_rng_state()
     fit_mapping(generator, turns, noise=0.1, history_dropout=0.5, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
-    drawn = generator.mapping(torch.randn(600, 6, generator=rng), conditions, turns.places)
-    right = (drawn[:, 0] > 0) == (kinds == 1)
-    assert right.float().mean() > 0.97
-    assert (drawn[:, 1:].std(0) < 0.35).all()
+    drawn = generator.mapping(torch.randn(600, 6, generator=rng), conditions, turns.places, light)
+    for number, known in ((0, kinds), (1, bright)):
+        right = (drawn[:, number] > 0) == (known == 1)
+        assert right.float().mean() > 0.97
+    assert (drawn[:, 2:].std(0) < 0.35).all()
     again = lively_generator(COMPACT)
     fit_mapping(again, turns, noise=0.1, history_dropout=0.5, progress=False)
     assert all(
@@ -117,6 +147,6 @@ def test_the_mapping_learns_which_codes_go_with_which_object() -> None:
 
 
 def test_a_generator_without_mapping_is_an_error() -> None:
-    turns = CodedTurns(torch.zeros(1, 6), torch.zeros(1, 12), torch.zeros(1, 12), None)
+    turns = CodedTurns(torch.zeros(1, 6), torch.zeros(1, 12), torch.zeros(1, 12), None, None)
     with pytest.raises(ValueError, match="mapping=False"):
         fit_mapping(lively_generator(REFERENCE), turns, noise=0.1, history_dropout=0.0)

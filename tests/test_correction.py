@@ -28,6 +28,21 @@ def test_each_object_gets_its_own_offset_whatever_the_length_of_the_condition() 
     torch.testing.assert_close(correction(torch.eye(3, 4) * torch.tensor([[1.0], [5.0], [9.0]])), correction.offsets)
 
 
+def test_light_adds_its_slopes_in_the_middle() -> None:
+    correction = FirstTurnCorrection(3, 4, 8, light_inputs=2, slope_size=4)
+    light = torch.tensor([[0.5, -2.0]]).expand(3, 2)
+    assert not correction(torch.eye(3, 4), light).any(), "a fresh one adds nothing"
+    coefficients = torch.randn(3, 3, 3, 8, 8)
+    correction.conditions.copy_(torch.eye(3, 4))
+    correction.add_(coefficients)
+    expected = coefficients[:, 0].clone()
+    expected[:, :, 2:6, 2:6] += (0.5 * coefficients[:, 1] - 2.0 * coefficients[:, 2])[:, :, 2:6, 2:6]
+    torch.testing.assert_close(correction(torch.eye(3, 4), light), expected)
+    torch.testing.assert_close(correction(torch.eye(3, 4)), coefficients[:, 0])
+    correction.clear_()
+    assert not correction(torch.eye(3, 4), light).any()
+
+
 def test_conditions_unlike_those_of_first_turns_get_nothing() -> None:
     correction = filled()
     angle = torch.acos(torch.tensor(LEAST_LIKENESS))
@@ -46,7 +61,7 @@ def test_no_gradient_reaches_the_condition_and_no_optimizer_the_offsets() -> Non
 def test_a_generator_adds_it_to_first_turns_at_the_pixels_where_it_was_measured() -> None:
     generator = lively_generator(replace(COMPACT, condition_dim=64))
     assert generator.correction is not None
-    generator.correction.offsets.zero_()
+    generator.correction.clear_()
     offset = torch.zeros(3, 64, 64)
     offset[:, 12, 14] = 0.25
     kind = torch.eye(24)[:1]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from condgan import hub as hub_module
-from condgan.hub import CheckpointError, PretrainedModel, list_pretrained
+from condgan.hub import CheckpointError, PretrainedModel, added_later, list_pretrained
 
 FILES = {"README.md", "config.json", "model.safetensors"}
 
@@ -36,6 +36,7 @@ class ToyConfig:
     objects: tuple[str, ...] = ("red cube", "blue sphere")
     sizes: tuple[int, ...] = (4, 8)
     limit: int | None = None
+    extra: int = added_later(0)
 
     def __post_init__(self) -> None:
         if not self.sizes:
@@ -262,6 +263,15 @@ def test_a_key_that_is_missing_is_named(folder: Path) -> None:
     del config["mode"], config["width"]
     (folder / "config.json").write_text(json.dumps(config))
     refused(folder, "config.json", "missing mode, width")
+
+
+def test_a_checkpoint_from_before_a_setting_was_added_has_its_default(folder: Path) -> None:
+    change_config(folder, extra=3)
+    assert Toy.from_pretrained(folder).config.extra == 3
+    config = json.loads((folder / "config.json").read_text())
+    del config["extra"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert Toy.from_pretrained(folder).config.extra == 0
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\xff", b"[1]"])

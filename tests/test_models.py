@@ -43,7 +43,17 @@ GENERATORS = [
     GeneratorConfig(image_size=128, width=4, output="blend", places=True, noise_in_norm=True),
 ]
 WINDOWED_GENERATORS = [
-    GeneratorConfig(width=4, z_dim=7, output="blend", places=True, window=40, noise_in_norm=True, mapping=True),
+    GeneratorConfig(
+        width=4,
+        z_dim=7,
+        output="blend",
+        places=True,
+        window=40,
+        noise_in_norm=True,
+        mapping=True,
+        light_components=4,
+        light_inputs=3,
+    ),
     GeneratorConfig(width=4, z_dim=7, places=True, window=40),
     GeneratorConfig(image_size=32, width=4, output="blend", places=True, window=32),
     GeneratorConfig(image_size=128, width=4, output="blend", places=True, window=24),
@@ -57,6 +67,7 @@ DISCRIMINATORS = [
 ]
 WINDOWED_DISCRIMINATORS = [
     DiscriminatorConfig(width=4, places=True, window=40, spectral_norm=False),
+    DiscriminatorConfig(width=4, places=True, window=40, spectral_norm=False, light_inputs=3),
     DiscriminatorConfig(image_size=32, width=4, places=True, window=32),
 ]
 NOISE_ENCODERS = [
@@ -440,13 +451,17 @@ def test_a_turn_is_the_mapping_and_then_the_synthesis() -> None:
     generator = randomise(IterativeGenerator(WINDOWED_GENERATORS[0]))
     assert generator.mapping is not None
     z, condition, prev_image, place = generator_input(generator.config)
-    code = generator.mapping(z, condition, place)
+    prev_image = 0.1 * prev_image  # all within what light may do
+    light = generator.read_light(prev_image)
+    assert light is not None
+    code = generator.mapping(z, condition, place, light)
     assert torch.equal(
         generator.synthesis(code, condition, prev_image, place), generator(z, condition, prev_image, place)
     )
-    others = [generator.mapping(z.flip(0), condition, place), generator.mapping(z, condition.flip(0), place)]
-    for other in (*others, generator.mapping(z, condition, place.flip(0))):
-        assert (other - code).abs().amin(1).max() > 1e-3, "every number depends on noise, object and place"
+    known = [z, condition, place, light]
+    for i, value in enumerate(known):
+        other = generator.mapping(*known[:i], value.flip(0) + 1, *known[i + 1 :])
+        assert (other - code).abs().amin(1).max() > 1e-3, "every number depends on noise, object, place and light"
     with pytest.raises(ValueError, match=r"z must be \(2, 7\), got \(2, 6\)"):
         generator.synthesis(code[:, :6], condition, prev_image, place)
 
@@ -455,14 +470,15 @@ def test_a_turn_is_the_mapping_and_then_the_synthesis() -> None:
 def test_the_loss_of_a_mapping_is_how_unlikely_a_code_is() -> None:
     mapping = randomise(NoiseMapping(WINDOWED_GENERATORS[0])).double()
     z, condition, _, place = generator_input(WINDOWED_GENERATORS[0], dtype=torch.float64)
+    known = condition, place, torch.randn(2, 3, dtype=torch.float64)
     jacobians = [
-        torch.autograd.functional.jacobian(lambda z, n=n: mapping(z[None], condition[n, None], place[n, None])[0], z[n])
+        torch.autograd.functional.jacobian(lambda z, n=n: mapping(z[None], *(x[n, None] for x in known))[0], z[n])
         for n in range(2)
     ]
     stretch = torch.linalg.slogdet(torch.stack(jacobians)).logabsdet
     assert stretch.abs().min() > 1e-3
     normal = torch.distributions.Normal(0, 1).log_prob(z).sum(1)
-    torch.testing.assert_close(mapping.loss(mapping(z, condition, place), condition, place), stretch - normal)
+    torch.testing.assert_close(mapping.loss(mapping(z, *known), *known), stretch - normal)
 
 
 @every_generator
@@ -690,6 +706,8 @@ def test_discriminators_of_all_kinds_judge_alike_alone_and_in_a_batch(config: Di
 @every_discriminator
 def test_every_parameter_of_a_discriminator_gets_a_finite_gradient(config: DiscriminatorConfig) -> None:
     discriminator = DiffDiscriminator(config).train()
+    if discriminator.light is not None:
+        discriminator.light.components.normal_(0, 0.1)
     arguments = discriminator_input(config)
     image = arguments[1].requires_grad_()
     output = discriminator(*arguments)
@@ -708,7 +726,10 @@ def test_spectral_norm_is_everywhere_or_nowhere(spectral: bool) -> None:
     assert all(is_parametrized(layer) == spectral for layer in layers)
 
 
-@every_discriminator
+without_light = [config for config in DISCRIMINATORS + WINDOWED_DISCRIMINATORS if not config.light_inputs]
+
+
+@pytest.mark.parametrize("config", without_light, ids=config_name)
 @torch.no_grad()
 def test_nothing_but_zeros_is_left_where_nothing_changed(config: DiscriminatorConfig) -> None:
     discriminator = randomise(DiffDiscriminator(config))
@@ -1031,6 +1052,8 @@ def test_the_place_model_names_bad_input(bad: str) -> None:
         ({"z_dim": -1}, "z_dim must be a whole number of at least 0, got -1"),
         ({"num_turns": 0}, "num_turns must be a whole number of at least 1, got 0"),
         ({"light_components": -1}, "light_components must be a whole number of at least 0, got -1"),
+        ({"light_inputs": -1}, "light_inputs must be a whole number of at least 0, got -1"),
+        ({"light_inputs": 3}, "light_inputs=3 needs light that varies: light_components is 0"),
         ({"mapping": True, "z_dim": 1}, "mapping needs a z_dim of at least 2, got 1"),
         ({"output": "sigmoid"}, "output must be 'tanh' or 'blend', got 'sigmoid'"),
     ],

@@ -26,7 +26,7 @@ PACKAGE = ROOT / "condgan"
 
 # Imports go one way: a module uses only modules of the groups above its own.
 GROUPS = (
-    ("vocab", "layers", "losses", "hub", "images", "flow", "ranks", "correction"),
+    ("vocab", "layers", "losses", "hub", "images", "flow", "ranks", "correction", "light"),
     ("functional", "requests"),
     ("canvas", "classifier", "counter"),
     ("results",),

@@ -31,6 +31,21 @@ def make_trainer(data: Path, config: TrainConfig = RUN) -> Trainer:
     return Trainer(config, scenes, generator, discriminator, noise_encoder)
 
 
+def test_both_networks_know_how_empty_scenes_are_lit(data: Path) -> None:
+    trainer = make_trainer(data)
+    empty = trainer.scenes.pixels[:, 0].float() / 127.5 - 1
+    light = trainer.generator.light
+    assert light is not None and trainer.discriminator.light is not None
+    torch.testing.assert_close(light(empty).mean(0), torch.zeros(2), atol=0.1, rtol=0)
+    torch.testing.assert_close(light(empty).var(0, correction=0), torch.ones(2), atol=0.2, rtol=0)
+    assert torch.equal(trainer.discriminator.light(empty), light(empty))
+    before = trainer.discriminator.light_bias.weight.clone()
+    for trainer.images in (RUN.reconstruction_images,) * 2:
+        trainer.train_step()
+    assert not torch.equal(trainer.discriminator.light_bias.weight, before)
+    assert torch.equal(trainer.ema_generator.light(empty), light(empty)), "what was fitted stays"
+
+
 def test_the_stages_train_what_they_say(data: Path) -> None:
     trainer = make_trainer(data)
     before = {name: p.clone() for name, p in trainer.discriminator.named_parameters()}
@@ -61,6 +76,24 @@ def test_reconstruction_gets_nearer_to_the_real_pictures(data: Path) -> None:
     for _ in range(160):
         trainer.train_step()
     assert error() < 0.9 * before
+
+
+def test_when_the_adversarial_stage_begins_the_mapping_knows_the_codes_that_are_found(data: Path) -> None:
+    trainer = make_trainer(data, dataclasses.replace(RUN, reconstruction_images=360))
+    batch = trainer.scenes.batch(0, 16, 0)
+
+    @torch.no_grad()
+    def surprise() -> float:
+        return float(trainer._chance_losses(batch, trainer._conditions(batch), trainer._found_code(batch))["mapping"])
+
+    while trainer.images < 351:
+        trainer.train_step()
+    before = surprise()
+    trainer.train_step()
+    assert trainer.adversarial
+    assert surprise() < before - 0.3, "nats"
+    pair = zip(trainer.generator.mapping.parameters(), trainer.ema_generator.mapping.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pair)
 
 
 def test_found_codes_keep_a_little_room_and_unit_variance(data: Path) -> None:
@@ -99,7 +132,7 @@ def test_half_of_the_pictures_are_drawn_with_the_code_that_was_found(
 
 
 def test_the_mapping_learns_the_codes_that_are_found_and_nothing_else_feels_it(data: Path) -> None:
-    trainer = make_trainer(data, dataclasses.replace(RUN, reconstruction_images=10_000, lr_reconstruction=3e-3))
+    trainer = make_trainer(data, dataclasses.replace(RUN, reconstruction_images=10_000, lr_reconstruction=1e-3))
     batch = trainer.scenes.batch(0, 4, 0)
     conditions, code = trainer._conditions(batch), trainer._found_code(batch)
     trainer._chance_losses(batch, conditions, code)["mapping"].backward()
@@ -211,14 +244,22 @@ def test_the_average_has_the_half_life_it_says(data: Path) -> None:
 def test_configurations_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="objective must be one of"):
         dataclasses.replace(RUN, objective="wgan")
+    with pytest.raises(ValueError, match="reconstruction_weight=1 needs a noise encoder that has learned"):
+        dataclasses.replace(RUN, reconstruction_weight=1, reconstruction_images=0)
     with pytest.raises(ValueError, match="agree on places"):
         dataclasses.replace(RUN, discriminator=DiscriminatorConfig())
+    with pytest.raises(ValueError, match="decay_images must not be negative, got -1"):
+        dataclasses.replace(RUN, decay_images=-1)
+    with pytest.raises(ValueError, match="own_pictures is a share, from 0 to 1, got 2"):
+        dataclasses.replace(RUN, own_pictures=2)
     with pytest.raises(ValueError, match="penalty_interval must be at least 1, got 0"):
         dataclasses.replace(RUN, penalty_interval=0)
     with pytest.raises(ValueError, match="agree on image_size, got 64 and 32"):
         TrainConfig(discriminator=DiscriminatorConfig(image_size=32))
     with pytest.raises(ValueError, match="agree on window, got 32 and 40"):
         dataclasses.replace(RUN, discriminator=dataclasses.replace(RUN.discriminator, window=40))
+    with pytest.raises(ValueError, match="agree on light_inputs, got 1 and 0"):
+        TrainConfig(generator=GeneratorConfig(light_components=2, light_inputs=1))
 
 
 @pytest.mark.parametrize("name", PRESETS)

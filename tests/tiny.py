@@ -23,6 +23,7 @@ COMPACT = GeneratorConfig(
     mapping=True,
     correction=True,
     light_components=3,
+    light_inputs=2,
 )
 REFERENCE = GeneratorConfig(width=4, z_dim=6, condition_dim=12)
 SCENES = [
@@ -35,8 +36,10 @@ SCENES = [
     ["red cube", "green cube"],
 ]
 RUN = TrainConfig(
-    generator=replace(COMPACT, z_dim=4, condition_dim=8, window=32, light_components=2),
-    discriminator=DiscriminatorConfig(width=4, condition_dim=8, places=True, window=32, spectral_norm=False),
+    generator=replace(COMPACT, z_dim=4, condition_dim=8, window=32, light_components=2, light_inputs=2),
+    discriminator=DiscriminatorConfig(
+        width=4, condition_dim=8, places=True, window=32, spectral_norm=False, light_inputs=2
+    ),
     objective="relativistic",
     images=72,
     reconstruction_images=36,
@@ -65,13 +68,17 @@ def lively_generator(config: GeneratorConfig, seed: int = 0) -> IterativeGenerat
         nn.init.zeros_(generator.conv.bias)  # half of each new picture is drawn, half of it is the previous one
         generator.canvas.mean += 0.3 * torch.randn_like(generator.canvas.mean)
         generator.canvas.components += 0.1 * torch.randn_like(generator.canvas.components)
+        if generator.light is not None:
+            generator.light.components += 0.05 * torch.randn_like(generator.light.components)
         generator.canvas.grain_mix += 0.05 * torch.eye(3)[:, :, None, None]
         if generator.canvas.flow is not None:
             for buffer in generator.canvas.flow.buffers():
                 buffer += 0.1 * torch.randn_like(buffer)
         if generator.correction is not None:
             generator.correction.conditions += generator.encoder(torch.eye(len(config.objects)))[0].detach()
-            generator.correction.offsets += 0.05 * torch.randn_like(generator.correction.offsets)
+            for added in (generator.correction.offsets, generator.correction.slopes):
+                if added is not None:
+                    added += 0.05 * torch.randn_like(added)
     return generator
 
 

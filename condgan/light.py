@@ -1,0 +1,77 @@
+"""How a scene is lit, read off a picture of it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SQUARES = 8
+"""The picture is looked at as so many rows and columns of mean colours."""
+TOLERANCE = 2 / 127.5
+"""A square further than this from the light that was found has an object or a shadow in it (2 grey levels)."""
+FAR = 4.0
+"""The same before any light was found, in standard deviations of empty scenes."""
+NOISE_VARIANCE = (1 / 127.5) ** 2
+"""Of a square's colour around what the light says (1 grey level squared): soft shadows, mostly."""
+ROUNDS = 3
+
+
+class SceneLight(nn.Module):
+    """A few numbers that say how a scene is lit, whatever stands in it.
+
+    In i-CLEVR lamps and camera are moved a little from scene to scene. About twelve numbers say all of it: principal
+    components of empty scenes, seen as 8x8 squares of mean colour. Those of a picture with objects are found by least
+    squares on the squares that look like an empty floor; what these leave open is taken to be as usual.
+
+    All weights are buffers: :meth:`fit` finds them once. A fresh one says 0 of every picture.
+
+    Args:
+        num_inputs: how many numbers, K.
+
+    Shape:
+        image: (N, 3, H, W) in [-1, 1]; no gradient flows back to it.
+        output: (N, K) float32, over empty scenes each of mean 0, variance 1 and uncorrelated.
+
+    Source: principal components with squares left out, Tipping and Bishop 1999, "Probabilistic principal component
+    analysis", section 4.
+    """
+
+    mean: Tensor
+    components: Tensor
+
+    def __init__(self, num_inputs: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, SQUARES, SQUARES))
+        self.register_buffer("components", torch.zeros(num_inputs, 3, SQUARES, SQUARES))
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        with torch.autocast(image.device.type, enabled=False):
+            squares = (F.adaptive_avg_pool2d(image.float(), SQUARES) - self.mean.float()).flatten(2)  # (N, 3, P)
+            components = self.components.float().flatten(2)  # (K, 3, P)
+            identity = torch.eye(len(components), device=image.device)
+            products = torch.einsum("kcp,lcp->pkl", components, components).flatten(1)  # (P, K * K)
+            free = (squares.square() < FAR**2 * components.square().sum(0)).all(1)  # (N, P)
+            for _ in range(ROUNDS):
+                weight = free.float()
+                normal = (weight @ products).unflatten(1, identity.shape) + NOISE_VARIANCE * identity
+                seen = (weight[:, None] * squares).flatten(1) @ components.flatten(1).T  # (N, K)
+                light = torch.linalg.solve_ex(normal, seen[:, :, None]).result[:, :, 0]  # always well conditioned
+                lit = (light @ components.flatten(1)).view_as(squares)
+                free = ((squares - lit).abs() < TOLERANCE).all(1)
+        return light
+
+    @torch.no_grad()
+    def fit(self, empty: Tensor) -> None:
+        """Learn how light varies from empty scenes (S, 3, H, W) in [-1, 1]."""
+        squares = torch.cat([F.adaptive_avg_pool2d(chunk.float(), SQUARES) for chunk in empty.split(512)])
+        self.mean.copy_(squares.mean(0))
+        centred = (squares - self.mean).flatten(1)
+        values, directions = torch.linalg.eigh(centred.T @ centred / len(centred))  # in ascending order
+        count = len(self.components)
+        found = directions * values.clamp(min=0).sqrt()
+        self.components.copy_(found[:, -count:].flip(1).T.reshape_as(self.components))
+
+    def extra_repr(self) -> str:
+        return f"{len(self.components)}"
