@@ -103,7 +103,8 @@ class DiscriminatorConfig:
     spectral_norm: bool = True
     """Whether every layer has spectral normalisation; without it the gradient penalties must hold it."""
     light_inputs: int = added_later(0)
-    """Numbers that say how the scene is lit, as in :class:`GeneratorConfig`."""
+    """Numbers that say how the scene is lit, as in :class:`GeneratorConfig`. They are a bias on the difference of the
+    features, without spectral normalisation."""
 
     def __post_init__(self) -> None:
         _check_image_size(self.image_size)
@@ -387,8 +388,8 @@ class IterativeGenerator(PretrainedModel):
 
     One turn (:meth:`forward`): the noise and the projected condition become a 4x4 map, four blocks (at 64 pixels) bring
     it to full size, and features of the previous picture join at 8x8. With ``config.window`` all this is done in a
-    square around the place of the new object, and what is outside stays as it was, bit for bit. Scenes are drawn by
-    :meth:`generate`.
+    square around the place of the new object, and what is outside stays as it was, bit for bit; of what is outside only
+    the light is seen, with ``config.light_inputs``. Scenes are drawn by :meth:`generate`.
 
     Args:
         config: the architecture; None is the reference's, 64x64 and 24 objects.
