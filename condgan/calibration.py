@@ -193,6 +193,7 @@ def correct_first_turns(
     for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
         before, after = from_uint8(pixels[rows].to(device)).unbind(1)
         real.add(before, after, kinds[objects[rows]])
+    wanted = real.coefficients()
     total = CORRECTION_PASSES * len(pixels)
     with (
         evaluating(generator),
@@ -207,7 +208,7 @@ def correct_first_turns(
                 before, after = (from_uint8(to_uint8(image).to(device)) for image, _ in turns)
                 drawn.add(before, after, one_hot)
                 bar.update(len(rows))
-            correction.add_((real.coefficients() - drawn.coefficients()) / (number + 1))
+            correction.add_((wanted - drawn.coefficients()) / (number + 1))
 
 
 class _Answers:
@@ -215,8 +216,10 @@ class _Answers:
 
     def __init__(self, generator: IterativeGenerator) -> None:
         self.generator = generator
-        self.products: Tensor | float = 0.0
-        self.sums: Tensor | float = 0.0
+        kinds, numbers, size = len(generator.vocabulary), 1 + generator.config.light_inputs, generator.image_size
+        device = next(generator.parameters()).device
+        self.products = torch.zeros(kinds, numbers, numbers, device=device)
+        self.sums = torch.zeros(kinds, numbers, 3, size, size, device=device)
 
     def add(self, before: Tensor, after: Tensor, one_hot: Tensor) -> None:
         """Take note of N turns, each with the object that was added, (N, K)."""
@@ -224,15 +227,14 @@ class _Answers:
         known = torch.ones(len(before), 1, device=before.device)
         known = known if light is None else torch.cat((known, light), 1)  # (N, 1 + L)
         one_hot = one_hot.to(known)
-        self.products = self.products + torch.einsum("nk,ni,nj->kij", one_hot, known, known)
+        self.products += torch.einsum("nk,ni,nj->kij", one_hot, known, known)
         known_by_kind = torch.einsum("nk,ni->kin", one_hot, known)
-        self.sums = self.sums + (known_by_kind @ (after - before).flatten(1)).unflatten(2, before.shape[1:])
+        self.sums += (known_by_kind @ (after - before).flatten(1)).view_as(self.sums)
 
     def coefficients(self) -> Tensor:
         """(K, 1 + L, 3, H, W): the mean change, and the answer to each number; 0 for objects that were never added."""
-        assert isinstance(self.products, Tensor) and isinstance(self.sums, Tensor)
         counts = self.products[:, 0, 0, None]
-        ridge = torch.full_like(self.products[:, 0], RIDGE) * counts
+        ridge = RIDGE * counts.repeat(1, self.products.shape[1])
         ridge[:, 0] = 0
         ridge += (counts == 0).to(ridge)
         found = torch.linalg.solve(self.products + torch.diag_embed(ridge), self.sums.flatten(2))

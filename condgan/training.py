@@ -378,9 +378,8 @@ class Trainer:
         ours, averaged = self.generator.mapping, self.ema_generator.mapping
         if ours is not None and averaged is not None:
             self._fit_mapping(self.ema_generator, progress=False)
+            self.ranks.copy_from_first(averaged)
             ours.load_state_dict(averaged.state_dict())
-            for generator in (self.generator, self.ema_generator):
-                self.ranks.copy_from_first(generator)
 
     def _learn_from(self, part: Part) -> dict[str, Tensor]:
         """Add to the gradients what these scenes say; returns what they add to the losses."""
