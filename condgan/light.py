@@ -51,7 +51,7 @@ class SceneLight(nn.Module):
             squares = (F.adaptive_avg_pool2d(image.float(), SQUARES) - self.mean.float()).flatten(2)  # (N, 3, P)
             components = self.components.float().flatten(2)  # (K, 3, P)
             identity = torch.eye(len(components), device=image.device)
-            products = torch.einsum("kcp,lcp->pkl", components, components).flatten(1)  # (P, K * K)
+            products = (components[:, None] * components).sum(2).flatten(0, 1).T  # (P, K * K)
             free = (squares.square() < FAR**2 * components.square().sum(0)).all(1)  # (N, P)
             for _ in range(ROUNDS):
                 weight = free.float()

@@ -60,7 +60,7 @@ def test_corrected_first_turns_are_right_on_average_and_objects_without_data_sta
     correct_first_turns(generator, pixels, objects, progress=False)
     after = mean_changes(generator, names, seeds)
     errors = [(drawn - real)[:2].square().mean().sqrt() for drawn in (before, after)]
-    assert errors[1] < 0.35 * errors[0], errors
+    assert errors[1] < 0.45 * errors[0], errors
     assert not generator.training
 
 
