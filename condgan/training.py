@@ -32,6 +32,8 @@ CHANCE_WEIGHT = 0.01
 """Weight of the losses of the place model and the mapping: no other weight feels them."""
 CHANGED_WEIGHT = 5.0
 """Weight of a changed pixel in the reconstruction loss, where an unchanged one has 1."""
+EARLIER_WEIGHT = 20.0
+"""Weight of a pixel of an earlier object in the reconstruction loss, changed or not: they are few, and damage shows."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -465,7 +467,10 @@ class Trainer:
 
         The differences make edges count, which are what tells one pose of an object from another.
         """
-        weight = 1 + (CHANGED_WEIGHT - 1) * changed_region(batch.prev_images, batch.images)[:, None]
+        changed = changed_region(batch.prev_images, batch.images)
+        earlier = changed.unflatten(0, (-1, batch.turns)).cumsum(1).flatten(0, 1) > changed.int()  # by earlier turns
+        weight = 1 + (CHANGED_WEIGHT - 1) * changed
+        weight = torch.where(earlier, EARLIER_WEIGHT, weight)[:, None]
         error = fake.float() - batch.images
         size = self.config.generator.window or self.config.generator.image_size
         total = (weight * error.abs()).sum((1, 2, 3))

@@ -174,16 +174,19 @@ def test_learning_rates_fall_to_a_tenth_at_the_end(data: Path) -> None:
     assert rates == pytest.approx([1, 1, 0.55, 0.1])
 
 
-def test_changed_pixels_weigh_more(data: Path) -> None:
+def test_changed_pixels_weigh_more_and_those_of_earlier_objects_most(data: Path) -> None:
     trainer = make_trainer(data)
     batch = trainer.scenes.batch(0, 3, 0)
     changed = (batch.images - batch.prev_images).abs().amax(1, keepdim=True) > 50 / 255
-    off = batch.images + 0.1 * changed
     weight = 1 + 4 * changed.float()
-    edges = (weight[..., 1:] * changed.float().diff(dim=3).abs()).sum((1, 2, 3))
-    edges = edges + (weight[:, :, 1:] * changed.float().diff(dim=2).abs()).sum((1, 2, 3))
-    expected = 0.1 * (5 * changed.float().sum((1, 2, 3)) + edges) / 32**2  # of the window
-    torch.testing.assert_close(trainer._reconstruction_errors(off, batch), expected)
+    for first in range(0, 9, 3):  # of each scene
+        weight[first + 1][changed[first]] = 20
+        weight[first + 2][changed[first] | changed[first + 1]] = 20
+    error = 0.1 * torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0))
+    edges = (weight[..., 1:] * error.diff(dim=3).abs()).sum((1, 2, 3))
+    edges = edges + (weight[:, :, 1:] * error.diff(dim=2).abs()).sum((1, 2, 3))
+    expected = ((weight * error.abs()).sum((1, 2, 3)) + edges) / (3 * 32**2)  # of the window
+    torch.testing.assert_close(trainer._reconstruction_errors(batch.images + error, batch), expected)
 
 
 def test_every_epoch_is_a_permutation_and_the_places_are_where_things_changed(data: Path) -> None:
