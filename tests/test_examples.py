@@ -151,3 +151,27 @@ def test_held_out_pairs_are_not_trained_on_but_asked_for(
             low, high = report[group][f"{measure}_ci95"]
             assert 0 <= low <= report[group][measure] <= high <= 1
     assert IterativeGenerator.from_pretrained(tmp_path / "run" / "model").config.width == 4
+
+
+@pytest.mark.slow
+def test_ablations_trains_and_measures_each_row_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = training.PRESETS["compact"]
+    few = dataclasses.replace(preset.generator, light_components=2)  # there are 20 scenes to fit the canvas to
+    monkeypatch.setitem(training.PRESETS, "compact", dataclasses.replace(preset, generator=few))
+    rows = ("everything", "no-window")
+    short = ("--images", 45, "--width", 4, "--seeds", 1, "--draws", 1)
+    run(monkeypatch, "ablations.py", "--data", data, "--out", tmp_path, *short, "--rows", *rows)
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {row}" for row in rows]
+    accuracy = json.loads((tmp_path / "everything-0" / "report.json").read_text())["accuracy"]
+    assert table[2].startswith(f"| everything | {accuracy:.3f} ({accuracy:.3f} to {accuracy:.3f}) |")
+    window = IterativeGenerator.from_pretrained(tmp_path / "no-window-0" / "model").config.window
+    assert window is None
+    monkeypatch.setattr(training.Trainer, "train_step", None)  # nothing is trained again
+    run(monkeypatch, "ablations.py", "--data", data, "--out", tmp_path, *short, "--rows", *rows)
+    assert capsys.readouterr().out.splitlines() == table
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "ablations.py", "--data", data, "--out", tmp_path, "--rows", "no-such-row")
+    assert "no-such-row" in capsys.readouterr().err
