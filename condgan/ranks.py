@@ -7,10 +7,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 PATIENCE = timedelta(minutes=30)
@@ -163,25 +166,41 @@ def _all_reduce(tensor: Tensor) -> None:
         ) from error
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """A sum over ranks that can be differentiated any number of times."""
+class _Normalize(torch.autograd.Function):
+    """Batch norm with the statistics of all ranks, whose gradient knows that each rank's pictures are in them.
+
+    Both directions are what PyTorch has for batch norm with given statistics; backwards, what the statistics add is the
+    same map with another scale and shift.
+    """
 
     @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        _all_reduce(total)
-        return total
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, count: Tensor, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
     @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        return _SumOverRanks.apply(*gradients)  # what each rank's loss says of the one sum that all of them saw
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, count = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps, (True, True, True)
+        )
+        sums = torch.stack((grad_weight, grad_bias))
+        _all_reduce(sums)
+        scale, shift = sums / count * weight * torch.rsqrt(var + ctx.eps)
+        grad_x -= F.batch_norm(x, mean, var, scale, shift, eps=ctx.eps)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 class GlobalBatchNorm(_BatchNorm):
     """Batch norm that in training mode takes mean and variance over the batches of all ranks.
 
     The same up to rounding as plain batch norm on their concatenation, in its gradients too; ranks may have batches of
-    different sizes. It needs a process group, and every rank must call it equally often.
+    different sizes. It needs a process group, and every rank must call it equally often. It can be differentiated once,
+    which gradient penalties need no more often: no picture that they ask about passes through a batch norm.
 
     Args:
         norm: the plain layer, whose weights and buffers it shares.
@@ -191,7 +210,7 @@ class GlobalBatchNorm(_BatchNorm):
         output: as ``x``.
 
     Source: Peng et al. 2018 (MegDet), arXiv:1711.07240, section 3.3. Unlike ``torch.nn.SyncBatchNorm`` it works on the
-    CPU and can be differentiated twice.
+    CPU.
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
@@ -207,22 +226,26 @@ class GlobalBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        assert self.running_mean is not None and self.momentum is not None
-        x = input.to(self.running_mean.dtype)  # as precise as the statistics
-        dims = [0, *range(2, x.ndim)]
-        var, mean = torch.var_mean(x, dims, correction=0)
+        assert self.running_mean is not None
+        mean, var, count = self._statistics(input)
+        self._update_running(mean, var * (count / (count - 1)))
+        weight = torch.ones_like(mean) if self.weight is None else self.weight
+        bias = torch.zeros_like(mean) if self.bias is None else self.bias
+        normalized: Tensor = _Normalize.apply(input, weight, bias, mean, var, count, self.eps)
+        return normalized
+
+    @torch.no_grad()
+    def _statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance (C,) over all ranks, and of how many numbers each is."""
+        assert self.running_mean is not None and self.running_var is not None
+        # With buffers of higher precision the statistics have it too; momentum 0 leaves these as they are.
+        mean, var = torch.batch_norm_update_stats(input, self.running_mean, self.running_var, 0.0)
         off = mean - self.running_mean  # from what all ranks know: their squares then lose no digits
-        weight = x.numel() / self.num_features
-        sums = _SumOverRanks.apply(weight * torch.cat((off, var + off.square(), torch.ones_like(off[:1]))))
+        count = input.numel() / self.num_features
+        sums = count * torch.cat((off, var + off.square(), torch.ones_like(off[:1])))
+        _all_reduce(sums)
         off, square = (sums[:-1] / sums[-1]).chunk(2)
-        mean, var = self.running_mean + off, (square - off.square()).clamp(min=0)
-        self._update_running(mean.detach(), var.detach() * (sums[-1] / (sums[-1] - 1)).detach())
-        scale = torch.rsqrt(var + self.eps)
-        shift = -mean * scale
-        if self.affine:
-            scale, shift = scale * self.weight, shift * self.weight + self.bias
-        ends = [1] * (x.ndim - 2)
-        return torch.addcmul(shift.view(-1, *ends), x, scale.view(-1, *ends)).to(input.dtype)
+        return self.running_mean + off, (square - off.square()).clamp(min=0), sums[-1]
 
     def _update_running(self, mean: Tensor, var: Tensor) -> None:
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None

@@ -89,12 +89,12 @@ def steps_skipped(data: Path, ranks: Ranks) -> list[int]:
 
 
 def batch_norm(norm: nn.Module, x: Tensor) -> list[Tensor]:
-    """What a batch norm makes of x, its first and second derivatives, and its buffers."""
+    """What a batch norm makes of x, the gradients of x and of its weights, and its buffers."""
     x = x.requires_grad_()
     y = norm(x)
-    (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.pow(2).sum(), x)
-    return [y.detach(), first.detach(), second, *norm.buffers()]
+    y.pow(3).sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad, *(parameter.grad for parameter in norm.parameters()), *norm.buffers()]
 
 
 def normed_parts(ranks: Ranks | None) -> list[Tensor]:

@@ -62,13 +62,15 @@ def test_ranks_stay_together_to_the_last_bit(name: str, two_ranks: list[dict[str
 
 
 def test_batch_norm_over_ranks_is_batch_norm_of_all(two_ranks: list[dict[str, Any]]) -> None:
-    expected = normed_parts(None)
-    for i, part in enumerate((slice(0, 2), slice(2, 5))):
-        *derivatives, mean, var, count = two_ranks[i]["norm"]
-        for ours, whole in zip(derivatives, expected, strict=False):
-            torch.testing.assert_close(ours, whole[part])
-        for ours, whole in zip((mean, var, count), expected[3:], strict=True):
-            torch.testing.assert_close(ours, whole)
+    output, grad, *weight_grads_and_buffers = normed_parts(None)
+    first, second = (rank["norm"] for rank in two_ranks)
+    torch.testing.assert_close(torch.cat((first[0], second[0])), output)
+    torch.testing.assert_close(torch.cat((first[1], second[1])), grad)
+    for i, whole in enumerate(weight_grads_and_buffers[:2], 2):  # each rank has what its own pictures say
+        torch.testing.assert_close(first[i] + second[i], whole)
+    for i, whole in enumerate(weight_grads_and_buffers[2:], 4):
+        torch.testing.assert_close(first[i], whole)
+        torch.testing.assert_close(second[i], whole)
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks: list[dict[str, Any]]) -> None:
