@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condgan.flow import CouplingFlow
+from condgan.flow import ContinuousFlow
 from condgan.functional import local_mean
 
 RESIDUAL_THRESHOLD = 8 / 255
@@ -46,7 +46,7 @@ class Canvas(nn.Module):
     """A model of empty scenes: mean + flow(light) @ components + grain.
 
     The components are principal ones. How much of each there is depends on the others, since lamps and camera have
-    few ways to move, so a normalising flow makes it from independent numbers. Grain is normal noise, white in space,
+    few ways to move, so a flow makes it from independent numbers. Grain is normal noise, white in space,
     with a covariance of the three colours at every pixel. It is what a picture has before rounding to 8 bits, so a
     drawn canvas has to be rounded, once, as a real one was. Without components it is one fixed picture, and without
     grain. A fresh canvas is mid-gray.
@@ -61,7 +61,7 @@ class Canvas(nn.Module):
         output: (N, 3, H, W) in [-1, 1].
 
     Source: Tipping and Bishop 1999, "Probabilistic principal component analysis"; the flow is
-    :class:`condgan.flow.CouplingFlow`.
+    :class:`condgan.flow.ContinuousFlow`.
     """
 
     mean: Tensor
@@ -74,7 +74,7 @@ class Canvas(nn.Module):
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("components", torch.zeros(num_components, *shape))
         self.register_buffer("grain_mix", torch.zeros(3, *shape))  # (3, 3, H, W): square root of the covariance
-        self.flow = CouplingFlow(num_components) if num_components else None
+        self.flow = ContinuousFlow(num_components) if num_components else None
 
     def forward(self, light: Tensor, grain: Tensor) -> Tensor:
         scores = light if self.flow is None else self.flow(light)
@@ -131,7 +131,7 @@ class Canvas(nn.Module):
         return torch.cat(empty)
 
     @torch.no_grad()
-    def fit(self, first_images: Tensor, iterations: int = 3) -> None:
+    def fit(self, first_images: Tensor, iterations: int = 3, *, progress: bool = False) -> None:
         """Learn the canvas from pictures with one object at the centre each: a data set's first turns.
 
         Alternates between principal components of the empty scenes and the empty scenes in the light of these
@@ -141,6 +141,7 @@ class Canvas(nn.Module):
         Args:
             first_images: (S, 3, H, W) in [-1, 1], of 8 bits, more than ``num_components`` of them.
             iterations: rounds of the alternation.
+            progress: show a progress bar of the last part on stderr.
 
         Raises:
             ValueError: there are too few pictures.
@@ -165,7 +166,7 @@ class Canvas(nn.Module):
         centre, spread = scores.mean(0), scores.std(0, correction=0).clamp(min=1e-6)
         self.mean += torch.einsum("k,kchw->chw", centre, self.components)
         self.components *= spread[:, None, None, None]
-        self.flow.fit((scores - centre) / spread)
+        self.flow.fit((scores - centre) / spread, progress=progress)
 
     def _fit_components(self, empty: Tensor, basis: Tensor) -> Tensor:
         """Principal components of pictures around the mean, by subspace iteration from ``basis`` (P, K) to a new."""

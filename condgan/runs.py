@@ -85,7 +85,7 @@ def train(
     checkpoint = out / CHECKPOINT
     try:
         with joined(device) as ranks:
-            trainer = _ready_trainer(dataset, checkpoint, config, ranks, accumulate)
+            trainer = _ready_trainer(dataset, checkpoint, config, ranks, accumulate, progress and ranks.leads)
             return _run(trainer, out, checkpoint_seconds, progress)
     except (TrainingDiverged, RankLost) as error:
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
@@ -93,7 +93,7 @@ def train(
 
 
 def _ready_trainer(
-    dataset: SceneDataset, checkpoint: Path, config: TrainConfig, ranks: Ranks, accumulate: int
+    dataset: SceneDataset, checkpoint: Path, config: TrainConfig, ranks: Ranks, accumulate: int, progress: bool
 ) -> Trainer:
     """Before the first step, or where the checkpoint left off."""
     stored = _read_checkpoint(checkpoint, config) if checkpoint.exists() else None
@@ -101,7 +101,8 @@ def _ready_trainer(
     if stored is not None:
         for name, buffer in generator.canvas.named_buffers():
             buffer.copy_(stored.tensors[f"generator.canvas.{name}"])
-    scenes = TrainingScenes(dataset, generator, fit_canvas=stored is None and config.init_generator is None)
+    fit_canvas = stored is None and config.init_generator is None
+    scenes = TrainingScenes(dataset, generator, fit_canvas, progress=progress)
     for network in (generator, discriminator, noise_encoder):
         if network is not None:
             network.to(ranks.device)

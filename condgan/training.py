@@ -138,7 +138,7 @@ PRESETS: dict[str, TrainConfig] = {
         objective="relativistic",
         images=500_000,
         reconstruction_images=65_000,
-        reconstruction_weight=20.0,
+        reconstruction_weight=10.0,
         batch_scenes=5,
         lr_generator=3e-4,
         lr_discriminator=5e-4,
@@ -221,12 +221,15 @@ class TrainingScenes:
         data: scenes of the train split.
         generator: its canvas and what it knows of light are fitted to them, unless they were before.
         fit_canvas: whether to fit them.
+        progress: show a progress bar on stderr while they are.
     """
 
-    def __init__(self, data: SceneDataset, generator: IterativeGenerator, fit_canvas: bool = True) -> None:
+    def __init__(
+        self, data: SceneDataset, generator: IterativeGenerator, fit_canvas: bool = True, *, progress: bool = False
+    ) -> None:
         first = data.pixels[:, 0].float() / 127.5 - 1
         if fit_canvas:
-            generator.canvas.fit(first)
+            generator.canvas.fit(first, progress=progress)
         if generator.config.light_components:
             empty = generator.canvas.remove_objects(first)
         else:

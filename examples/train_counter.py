@@ -58,7 +58,7 @@ class Pictures(NamedTuple):
 
 def read_scenes(data: SceneDataset, generator: IterativeGenerator, fit_canvas: bool) -> Scenes:
     """Empty floors from the light of the first turns, and the place of every object from what changed."""
-    pixels = TrainingScenes(data, generator, fit_canvas).pixels
+    pixels = TrainingScenes(data, generator, fit_canvas, progress=True).pixels
     regions, places = [], []
     for chunk in pixels.split(256):
         before, after = from_uint8(chunk[:, :-1]).flatten(0, 1), from_uint8(chunk[:, 1:]).flatten(0, 1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condgan.canvas import RESIDUAL_THRESHOLD, RIM, Canvas
-from condgan.flow import CouplingFlow
+from condgan.flow import ContinuousFlow
 from condgan.images import from_uint8, to_uint8
 
 SIZE = 32
@@ -125,7 +125,7 @@ def test_a_fresh_canvas_is_mid_gray(num_components: int) -> None:
 
 def test_the_names_and_shapes_of_a_checkpoint_are_for_ever() -> None:
     state = Canvas(8, 2).state_dict()
-    flow = {f"flow.{name}": tuple(tensor.shape) for name, tensor in CouplingFlow(2).state_dict().items()}
+    flow = {f"flow.{name}": tuple(tensor.shape) for name, tensor in ContinuousFlow(2).state_dict().items()}
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
         "mean": (3, 8, 8),
         "components": (2, 3, 8, 8),

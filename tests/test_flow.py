@@ -1,13 +1,15 @@
-"""flow.py: numbers that depend on each other are learned and drawn again, and the density is the one drawn from."""
+"""flow.py: numbers that depend on each other are learned and drawn again, and the density of codes is known."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condgan.flow import ConditionalFlow, CouplingFlow
+from condgan.flow import ConditionalFlow, ContinuousFlow
 
 
 def bend(count: int, seed: int) -> Tensor:
@@ -20,13 +22,13 @@ def bend(count: int, seed: int) -> Tensor:
     return (x - x.mean(0)) / x.std(0, correction=0)
 
 
-def lively_flow(dim: int, dtype: torch.dtype = torch.float64) -> CouplingFlow:
+def lively_flow(dim: int) -> ContinuousFlow:
     """A flow with random weights and the wide bounds of a fresh one."""
-    flow = CouplingFlow(dim).to(dtype)
+    flow = ContinuousFlow(dim)
     rng = torch.Generator().manual_seed(0)
     for name, buffer in flow.named_buffers():
         if name not in ("low", "high"):
-            buffer += 0.3 * torch.randn(buffer.shape, generator=rng, dtype=dtype)
+            buffer += 0.1 * torch.randn(buffer.shape, generator=rng)
     return flow
 
 
@@ -34,7 +36,7 @@ def normal_log_prob(x: Tensor) -> Tensor:
     return torch.distributions.Normal(0, 1).log_prob(x).sum(1)
 
 
-def draw(flow: CouplingFlow, count: int = 4000, scale: float = 1.0) -> Tensor:
+def draw(flow: ContinuousFlow, count: int = 4000, scale: float = 1.0) -> Tensor:
     return flow(scale * torch.randn(count, flow.dim, generator=torch.Generator().manual_seed(5)))
 
 
@@ -43,74 +45,66 @@ def correlation(x: Tensor, y: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def fitted() -> CouplingFlow:
-    flow = CouplingFlow(3)
-    flow.fit(bend(900, seed=1))
+def fitted() -> ContinuousFlow:
+    flow = ContinuousFlow(3)
+    flow.fit(bend(900, seed=1), epochs=200)
     return flow
 
 
 @pytest.mark.parametrize("dim", [1, 2, 7])
 def test_a_fresh_flow_changes_nothing(dim: int) -> None:
     noise = 3 * torch.randn(50, dim, generator=torch.Generator().manual_seed(0))
-    flow = CouplingFlow(dim)
-    assert torch.equal(flow(noise), noise)
-    torch.testing.assert_close(flow.log_prob(noise), normal_log_prob(noise))
+    assert torch.equal(ContinuousFlow(dim)(noise), noise)
 
 
 def test_the_names_and_shapes_of_a_checkpoint_are_for_ever() -> None:
-    state = CouplingFlow(3).state_dict()
+    state = ContinuousFlow(20).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
-        "weight1": (14, 6, 3),
-        "bias1": (14, 6),
-        "weight2": (14, 6, 6),
-        "bias2": (14, 6),
-        "weight3": (14, 6, 6),
-        "bias3": (14, 6),
-        "low": (15, 3),
-        "high": (15, 3),
+        "weight1": (80, 20),
+        "time1": (80, 16),
+        "bias1": (80,),
+        "weight2": (80, 80),
+        "bias2": (80,),
+        "weight3": (80, 80),
+        "bias3": (80,),
+        "weight4": (20, 80),
+        "bias4": (20,),
+        "low": (20,),
+        "high": (20,),
     }
-    assert list(CouplingFlow(3).parameters()) == [], "no optimizer finds them"
-    assert repr(CouplingFlow(3)) == "CouplingFlow(dim=3)"
+    assert ContinuousFlow(3).state_dict()["weight1"].shape == (64, 3), "no network is narrower"
+    assert list(ContinuousFlow(3).parameters()) == [], "no optimizer finds them"
+    assert repr(ContinuousFlow(3)) == "ContinuousFlow(dim=3)"
 
 
-@pytest.mark.parametrize("dim", [1, 2, 5])
-def test_the_density_is_that_of_what_is_drawn(dim: int) -> None:
-    flow = lively_flow(dim)
-    noise = torch.randn(6, dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    jacobians = torch.stack([torch.autograd.functional.jacobian(lambda z: flow(z[None])[0], z) for z in noise])
-    stretch = torch.linalg.slogdet(jacobians).logabsdet
-    assert stretch.abs().max() > 0.01
-    torch.testing.assert_close(flow.log_prob(flow(noise)), normal_log_prob(noise) - stretch)
+def test_noise_follows_the_velocity_of_its_place_and_time() -> None:
+    """One number that is carried along by 2 cos(pi t) + x, against 20,000 small steps."""
+    flow = ContinuousFlow(1)
+    flow.time1[0, 8] = 1e-3  # the first unit tells the cosine of pi t, the second x; silu is half of what is small
+    flow.weight1[1, 0] = 1e-3
+    flow.weight4[0, 0], flow.weight4[0, 1] = 2 / 0.5e-3, 1 / 0.5e-3
+    noise = torch.tensor([[0.0], [0.5], [-1.0]])
+    fine, steps = noise.double(), 20_000
+    for i in range(steps):
+        fine = fine + (2 * math.cos(math.pi * (i + 0.5) / steps) + fine) * (math.pi / 2 / steps)
+    torch.testing.assert_close(flow(noise).double(), fine, rtol=0, atol=0.1)
 
 
-def test_the_density_adds_up_to_one() -> None:
-    flow = lively_flow(2)
-    noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    low, high = flow(1.5 * noise).aminmax(dim=0)
-    assert (high - low).max() < 20
-    axes = [torch.linspace(a - 2, b + 2, 300, dtype=torch.float64) for a, b in zip(low, high, strict=True)]
-    cell = (axes[0][1] - axes[0][0]) * (axes[1][1] - axes[1][0])
-    total = flow.log_prob(torch.cartesian_prod(*axes)).exp().sum() * cell
-    assert total.item() == pytest.approx(1, abs=0.01)
-
-
-def test_drawn_numbers_have_the_moments_of_the_fitted_ones(fitted: CouplingFlow) -> None:
+def test_drawn_numbers_have_the_moments_of_the_fitted_ones(fitted: ContinuousFlow) -> None:
     drawn = draw(fitted)
     torch.testing.assert_close(drawn.mean(0), torch.zeros(3), rtol=0, atol=0.15)
     torch.testing.assert_close(drawn.std(0), torch.ones(3), rtol=0, atol=0.15)
     torch.testing.assert_close(torch.corrcoef(drawn.T), torch.corrcoef(bend(4000, seed=2).T), rtol=0, atol=0.15)
 
 
-def test_a_curve_is_learned_that_no_correlation_shows(fitted: CouplingFlow) -> None:
+def test_a_curve_is_learned_that_no_correlation_shows(fitted: ContinuousFlow) -> None:
     real, drawn = bend(4000, seed=2), draw(fitted)
     assert abs(correlation(real[:, 0], real[:, 1])) < 0.1
     assert correlation((1.5 * real[:, 0]).cos(), real[:, 1]) > 0.85
     assert correlation((1.5 * drawn[:, 0]).cos(), drawn[:, 1]) > 0.6
-    gain = (fitted.log_prob(real) - normal_log_prob(real)).mean()
-    assert gain > 1, "nats, on vectors that were not fitted"
 
 
-def test_drawn_numbers_stay_within_those_met_in_fitting(fitted: CouplingFlow) -> None:
+def test_drawn_numbers_stay_within_those_met_in_fitting(fitted: ContinuousFlow) -> None:
     low, high = bend(900, seed=1).aminmax(dim=0)
     drawn = draw(fitted, scale=10.0)
     assert (drawn >= low).all()
@@ -122,15 +116,15 @@ def test_drawn_numbers_stay_within_those_met_in_fitting(fitted: CouplingFlow) ->
 def test_a_flow_is_fitted_the_same_way_each_time_and_leaves_the_random_state_alone() -> None:
     x = bend(300, seed=3)
     copy = x.clone()
-    used = lively_flow(3, torch.float32)
+    used = lively_flow(3)
     fits = []
-    for seed, flow in enumerate((CouplingFlow(3), CouplingFlow(3), used)):
+    for seed, flow in enumerate((ContinuousFlow(3), ContinuousFlow(3), used)):
         torch.manual_seed(seed)
         before = torch.random.get_rng_state()
         flow.fit(x, epochs=12)
         assert torch.equal(torch.random.get_rng_state(), before)
         fits.append(flow.state_dict())
-    assert fits[0]["weight3"].any(), "something was learned"
+    assert fits[0]["weight4"].any(), "something was learned"
     for name, tensor in fits[0].items():
         assert torch.equal(tensor, fits[1][name]), name
         assert torch.equal(tensor, fits[2][name]), f"{name}: an earlier fit is forgotten"
@@ -141,11 +135,10 @@ def test_a_flow_is_fitted_the_same_way_each_time_and_leaves_the_random_state_alo
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_too_few_vectors_to_learn_from_leave_a_flow_as_it_was_fresh(count: int) -> None:
     x = bend(9, seed=4)[:count]
-    flow = CouplingFlow(3)
+    flow = ContinuousFlow(3)
     flow.fit(x)
     for name, buffer in flow.named_buffers():
         assert name in ("low", "high") or not buffer.any(), name
-    torch.testing.assert_close(flow.log_prob(x), normal_log_prob(x))
     torch.testing.assert_close(flow(x), x)
     assert (draw(flow) >= x.amin(0)).all(), "but it keeps to what was met"
     assert (draw(flow) <= x.amax(0)).all()
@@ -153,10 +146,10 @@ def test_too_few_vectors_to_learn_from_leave_a_flow_as_it_was_fresh(count: int) 
 
 def test_independent_normal_numbers_are_left_almost_alone() -> None:
     rng = torch.Generator().manual_seed(6)
-    flow = CouplingFlow(3)
+    flow = ContinuousFlow(3)
     flow.fit(torch.randn(300, 3, generator=rng), epochs=10)
     new = torch.randn(1000, 3, generator=rng)
-    assert (flow.log_prob(new) - normal_log_prob(new)).mean() > -0.1
+    assert (flow(new) - new).square().mean() < 0.1
 
 
 # Conditional
