@@ -1,11 +1,13 @@
 """Two ranks with one thread each beside one rank with one thread: the same step of the reference's networks.
 
-``python -m benchmarks.scaling`` is what each rank runs; it prints the seconds of a step.
+``python -m benchmarks.scaling SCENES`` is what each rank runs; it prints the seconds of a step of so many scenes.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -23,32 +25,39 @@ def main() -> None:
     """Measure as one of the ranks that ``torchrun`` has started."""
     torch.set_num_threads(1)
     with joined("cpu") as ranks:
-        times = interleaved({"step": trainer(10**9, SCENES, ranks).train_step}, STEPS)
+        times = interleaved({"step": trainer(10**9, int(sys.argv[1]), ranks).train_step}, STEPS)
         if ranks.leads:
             print(median(times, "step"))
 
 
-def _step(count: int) -> float:
-    """Seconds of a step of so many ranks.
+def _step(ranks: int, scenes: int = SCENES) -> float:
+    """Seconds of a step of so many ranks, which share the scenes.
 
     Raises:
         subprocess.CalledProcessError: a rank failed.
     """
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return printed_number(*launch, "-m", "benchmarks.scaling", OMP_NUM_THREADS="1")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return printed_number(*launch, "-m", "benchmarks.scaling", str(scenes), OMP_NUM_THREADS="1")
+
+
+def _apart() -> float:
+    """Seconds of a step of two processes that know nothing of each other, with half of the scenes each."""
+    with ThreadPoolExecutor() as both:
+        return max(both.map(_step, (1, 1), (SCENES // 2, SCENES // 2)))
 
 
 def run(rounds: int) -> Iterator[Row]:
     """All rows of this part, of a third of the rounds, since each takes a minute."""
-    times: dict[str, list[float]] = {"one": [], "two": []}
+    cases = {"one rank": lambda: _step(1), "two ranks": lambda: _step(2), "two processes": _apart}
+    times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(max(3, rounds // 3)):
-        times["one"].append(_step(1))
-        times["two"].append(_step(2))
-    pictures = 3 * SCENES
+        for name, case in cases.items():
+            times[name].append(case())
     for name in times:
-        row = f"{name} rank{'s' if name == 'two' else ''} with one thread each"
-        yield Row("ranks", row, pictures / median(times, name), "pictures/s")
-    yield Row("ranks", "two ranks against one", ratio(times, "one", "two"), "times faster")
+        yield Row("ranks", f"{name} with one thread each", 3 * SCENES / median(times, name), "pictures/s")
+    yield Row("ranks", "two ranks against one", ratio(times, "one rank", "two ranks"), "times faster")
+    limit = ratio(times, "one rank", "two processes")
+    yield Row("ranks", "two processes that share nothing against one rank", limit, "times faster")
 
 
 if __name__ == "__main__":

@@ -58,11 +58,9 @@ class FirstTurnCorrection(nn.Module):
         likeness, nearest = likeness.max(1)
         offset = self.offsets[nearest]
         if light is not None and self.slopes is not None:
-            slopes = self.slopes[nearest]  # (N, 3 L, h, w)
-            each_channel = (
-                (light[:, :, None, None] * torch.eye(3).to(light)).flatten(1, 2).to(offset.dtype)
-            )  # (N, 3 L, 3)
-            answer = (slopes.flatten(2).mT @ each_channel).mT.unflatten(2, slopes.shape[2:])
+            slopes = self.slopes[nearest].flatten(2)  # (N, 3 L, h w)
+            slopes = slopes.unflatten(1, (light.shape[1], 3)).flatten(2)  # (N, L, 3 h w)
+            answer = (light[:, None].to(slopes.dtype) @ slopes).view(-1, 3, *self.slopes.shape[2:])
             margin = (offset.shape[-1] - answer.shape[-1]) // 2
             offset = offset + F.pad(answer, (margin,) * 4)
         share = F.relu((likeness - LEAST_LIKENESS) / (1 - LEAST_LIKENESS))

@@ -133,17 +133,18 @@ def test_the_command_prints_a_table_and_writes_json(
 
 
 def test_ranks_alternate_and_their_ratio_is_that_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: list[int] = []
+    calls: list[tuple[int, int]] = []
 
-    def step(count: int) -> float:
-        counts.append(count)
-        return len(counts) / count
+    def step(ranks: int, scenes: int = scaling.SCENES) -> float:
+        calls.append((ranks, scenes))
+        return len(calls) / ranks
 
     monkeypatch.setattr(scaling, "_step", step)
-    one, two, faster = scaling.run(1)
-    assert counts == [1, 2] * 3
-    assert (one.value, two.value) == (36 / 3, 36 / 2)
-    assert faster.value == 3 / 2
+    one, two, apart, faster, limit = scaling.run(1)
+    assert calls == [(1, 12), (2, 12), (1, 6), (1, 6)] * 3
+    assert (one.value, two.value, apart.value) == (36 / 5, 36 / 3, 36 / 8)
+    assert faster.value == 5 / 3
+    assert limit.value == 5 / 8, "the slower one of two processes counts"
 
 
 def test_a_rank_prints_the_seconds_of_its_steps(
@@ -154,7 +155,8 @@ def test_a_rank_prints_the_seconds_of_its_steps(
             time.sleep(0.02)
 
     threads = torch.get_num_threads()
-    monkeypatch.setattr(scaling, "trainer", lambda interval, scenes, ranks: Sleeper())
+    monkeypatch.setattr(scaling, "trainer", lambda interval, scenes, ranks: Sleeper() if scenes == 7 else None)
+    monkeypatch.setattr("sys.argv", ["scaling", "7"])
     scaling.main()
     torch.set_num_threads(threads)
     assert 0.02 <= float(capsys.readouterr().out) < 1
