@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from benchmarks import peer, plain
 from benchmarks.measure import Row, interleaved, matrix_product, median, operations, ratio
 from condgan import IterativeGenerator
+from condgan.precision import fast_bfloat16
 
 SCENE = ["red cube", "blue sphere", "gray cylinder"]
+DTYPES = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if fast_bfloat16("cpu") else {})
+"""What the reference's networks are measured in: a processor that only imitates bfloat16 would take minutes a batch."""
 IN_A_ROW = 5
 """Pictures that the shipped model and its peer draw in each round; the median counts, as for one who draws several."""
 
@@ -34,27 +37,25 @@ def turn_input(generator: IterativeGenerator, n: int) -> tuple[Tensor, Tensor, T
     return z, condition, torch.rand(n, 3, 64, 64) * 2 - 1
 
 
-def bfloat16_copy(generator: IterativeGenerator) -> IterativeGenerator:
-    """What a user gets with ``.to(torch.bfloat16).to(memory_format=torch.channels_last)``."""
-    return copy.deepcopy(generator).to(torch.bfloat16).to(memory_format=torch.channels_last)
+def fast_turn(
+    generator: IterativeGenerator, dtype: torch.dtype, z: Tensor, condition: Tensor, before: Tensor
+) -> Callable[[], object]:
+    """One turn as a user gets it with ``.to(dtype).to(memory_format=torch.channels_last)``."""
+    ours = copy.deepcopy(generator).to(dtype).to(memory_format=torch.channels_last)
+    return partial(ours, z.to(dtype), condition.to(dtype), before)
 
 
 @torch.no_grad()
 def reference(rounds: int) -> Iterator[Row]:
     """Turns a second of the reference's networks at batch 1, 8 and 64."""
     usual = reference_generator()
-    fast = copy.deepcopy(usual).to(memory_format=torch.channels_last)
-    coarse = bfloat16_copy(usual)
     for n in (1, 8, 64):
         z, condition, before = turn_input(usual, n)
-        cases: dict[str, Callable[[], object]] = {
-            "plain": partial(plain.turn, usual, z, condition, before),
-            "float32": partial(fast, z, condition, before),
-            "bfloat16": partial(coarse, z.bfloat16(), condition.bfloat16(), before),
-        }
+        cases: dict[str, Callable[[], object]] = {"plain": partial(plain.turn, usual, z, condition, before)}
+        cases |= {name: fast_turn(usual, dtype, z, condition, before) for name, dtype in DTYPES.items()}
         work = operations(cases["float32"])
         less = work / operations(cases["plain"])
-        limits = {"float32": matrix_product(torch.float32), "bfloat16": matrix_product(torch.bfloat16)}
+        limits = {name: matrix_product(dtype) for name, dtype in DTYPES.items()}
         times = interleaved({**cases, **{f"limit {name}": limit for name, (limit, _) in limits.items()}}, rounds)
         yield Row("drawing", f"reference, batch {n}, plain", n / median(times, "plain"), "turns/s", 1.0)
         for name, (_, multiplied) in limits.items():
@@ -70,11 +71,10 @@ def steps(rounds: int) -> Iterator[Row]:
     n, usual = 64, reference_generator()
     z, condition, before = turn_input(usual, n)
     cases: list[Callable[[], object]] = [partial(plain.turn, usual, z, condition, before, steps) for steps in range(3)]
-    cases.append(partial(copy.deepcopy(usual).to(memory_format=torch.channels_last), z, condition, before))
-    cases.append(partial(bfloat16_copy(usual), z.bfloat16(), condition.bfloat16(), before))
-    named = dict(zip(("plain", *plain.STEPS), cases, strict=True))
-    times = interleaved(named, rounds)
-    for name in plain.STEPS:
+    cases += [fast_turn(usual, dtype, z, condition, before) for dtype in DTYPES.values()]
+    names = ("plain", *plain.STEPS)[: len(cases)]  # bfloat16 is the last
+    times = interleaved(dict(zip(names, cases, strict=True)), rounds)
+    for name in names[1:]:
         yield Row("steps", name, n / median(times, name), "turns/s", ratio(times, "plain", name))
 
 

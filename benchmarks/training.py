@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from benchmarks.measure import Row, interleaved, matrix_product, median, operations, ratio
 from benchmarks.plain import PlainTraining
 from condgan import DiffDiscriminator, IterativeGenerator
+from condgan.precision import fast_bfloat16
 from condgan.ranks import ALONE, Ranks
 from condgan.training import PRESETS, Trainer, TrainingScenes
 
@@ -53,7 +54,7 @@ def run(rounds: int) -> Iterator[Row]:
     images = torch.cat((torch.zeros(SCENES, 1, 3, 64, 64), data.pixels.float() / 127.5 - 1), 1)
     ours, without = trainer(1), trainer(10**9)
     straight = PlainTraining(IterativeGenerator(), DiffDiscriminator(), images, F.one_hot(data.objects, 24).float())
-    limit, multiplied = matrix_product(torch.bfloat16)
+    limit, multiplied = matrix_product(torch.bfloat16 if fast_bfloat16("cpu") else torch.float32)
     work = {"penalty": operations(ours.train_step), "no penalty": operations(without.train_step)}
     times = interleaved(
         {"plain": straight.step, "penalty": ours.train_step, "no penalty": without.train_step, "limit": limit}, rounds

@@ -238,8 +238,8 @@ class GlobalBatchNorm(_BatchNorm):
     def _statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance (C,) over all ranks, and of how many numbers each is."""
         assert self.running_mean is not None and self.running_var is not None
-        # With buffers of higher precision the statistics have it too; momentum 0 leaves these as they are.
-        mean, var = torch.batch_norm_update_stats(input, self.running_mean, self.running_var, 0.0)
+        # Given statistics of higher precision, the new ones have it too. A copy: one number alone would make them NaN.
+        mean, var = torch.batch_norm_update_stats(input, self.running_mean.clone(), self.running_var.clone(), 0.0)
         off = mean - self.running_mean  # from what all ranks know: their squares then lose no digits
         count = input.numel() / self.num_features
         sums = count * torch.cat((off, var + off.square(), torch.ones_like(off[:1])))

@@ -23,6 +23,7 @@ from condgan.models import (
     NoiseEncoder,
     NoiseEncoderConfig,
 )
+from condgan.precision import autocast
 from condgan.ranks import ALONE, Ranks, share_statistics
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -32,8 +33,11 @@ CHANCE_WEIGHT = 0.01
 """Weight of the losses of the place model and the mapping: no other weight feels them."""
 CHANGED_WEIGHT = 5.0
 """Weight of a changed pixel in the reconstruction loss, where an unchanged one has 1."""
-EARLIER_WEIGHT = 20.0
-"""Weight of a pixel of an earlier object in the reconstruction loss, changed or not: they are few, and damage shows."""
+FRAGILE_WEIGHT = 10.0
+"""Weight of a pixel of an earlier object in the reconstruction loss, changed or not, and of a ghost: they are few, and
+show."""
+GHOST_DISTANCE = 3
+"""What is further than so many pixels from all that the real turn changed, and was changed, is a ghost."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -84,7 +88,8 @@ class TrainConfig:
     init_noise_encoder: str | None = None
     """Name, folder or hub id of a noise encoder to start from; None starts afresh."""
     bf16: bool = True
-    """Autocast to bfloat16; weights, penalties and optimizer stay float32."""
+    """Autocast to bfloat16, on devices that multiply it (:func:`condgan.precision.fast_bfloat16`); weights, penalties
+    and optimizer stay float32."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -463,17 +468,23 @@ class Trainer:
         return batch.rows(torch.randn(batch.part.total * batch.turns, self.config.generator.z_dim, generator=rng))
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
+        return autocast(self.device, self.config.bf16)
 
-    def _reconstruction_errors(self, fake: Tensor, batch: Batch) -> Tensor:
+    def _reconstruction_errors(self, fake: Tensor, batch: Batch, found: Tensor | None = None) -> Tensor:
         """Weighted L1 to the real next picture, of values and of differences between neighbours, (N,).
 
-        The differences make edges count, which are what tells one pose of an object from another.
+        The differences make edges count, which are what tells one pose of an object from another. Pictures that were
+        not drawn from the found code, ``found`` (N,) bool, show another pose: they answer for ghosts only.
         """
         changed = changed_region(batch.prev_images, batch.images)
         earlier = changed.unflatten(0, (-1, batch.turns)).cumsum(1).flatten(0, 1) > changed.int()  # by earlier turns
         weight = 1 + (CHANGED_WEIGHT - 1) * changed
-        weight = torch.where(earlier, EARLIER_WEIGHT, weight)[:, None]
+        weight = torch.where(earlier, FRAGILE_WEIGHT, weight)
+        if found is not None:
+            weight = weight * found[:, None, None]
+        near = F.max_pool2d(changed[:, None].float(), 2 * GHOST_DISTANCE + 1, 1, GHOST_DISTANCE)[:, 0] > 0
+        ghost = changed_region(batch.prev_images, fake.detach().float()) & ~near
+        weight = torch.where(ghost, FRAGILE_WEIGHT, weight)[:, None]
         error = fake.float() - batch.images
         size = self.config.generator.window or self.config.generator.image_size
         total = (weight * error.abs()).sum((1, 2, 3))
@@ -575,8 +586,8 @@ class Trainer:
             reported["penalty"] = penalty
             discriminator_loss = discriminator_loss + self.config.penalty_interval * penalty
         if found_code is not None:
-            errors = self._reconstruction_errors(drawn, batch)
-            reconstruction = (errors * found).sum() / num_found
+            errors = self._reconstruction_errors(drawn, batch, found)
+            reconstruction = errors.sum() / num_found
             reported["reconstruction"] = reconstruction
             generator_loss = generator_loss + self.config.reconstruction_weight * reconstruction
         chance = self._chance_losses(batch, conditions, found_code)

@@ -26,7 +26,7 @@ PACKAGE = ROOT / "condgan"
 
 # Imports go one way: a module uses only modules of the groups above its own.
 GROUPS = (
-    ("vocab", "layers", "losses", "hub", "images", "flow", "ranks", "correction", "light"),
+    ("vocab", "layers", "losses", "hub", "images", "flow", "ranks", "correction", "light", "precision"),
     ("functional", "requests"),
     ("canvas", "classifier", "counter"),
     ("results",),

@@ -180,13 +180,33 @@ def test_changed_pixels_weigh_more_and_those_of_earlier_objects_most(data: Path)
     changed = (batch.images - batch.prev_images).abs().amax(1, keepdim=True) > 50 / 255
     weight = 1 + 4 * changed.float()
     for first in range(0, 9, 3):  # of each scene
-        weight[first + 1][changed[first]] = 20
-        weight[first + 2][changed[first] | changed[first + 1]] = 20
-    error = 0.1 * torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0))
+        weight[first + 1][changed[first]] = 10
+        weight[first + 2][changed[first] | changed[first + 1]] = 10
+    error = 0.03 * torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0))
     edges = (weight[..., 1:] * error.diff(dim=3).abs()).sum((1, 2, 3))
     edges = edges + (weight[:, :, 1:] * error.diff(dim=2).abs()).sum((1, 2, 3))
     expected = ((weight * error.abs()).sum((1, 2, 3)) + edges) / (3 * 32**2)  # of the window
     torch.testing.assert_close(trainer._reconstruction_errors(batch.images + error, batch), expected)
+    found = torch.arange(9) % 2 == 0
+    torch.testing.assert_close(trainer._reconstruction_errors(batch.images + error, batch, found), expected * found)
+
+
+def test_a_ghost_weighs_much_whatever_the_code(data: Path) -> None:
+    trainer = make_trainer(data)
+    batch = trainer.scenes.batch(0, 1, 0)
+    changed = (batch.images - batch.prev_images).abs().amax(1) > 50 / 255
+    row, column = changed[0].nonzero()[0].tolist()  # the uppermost changed pixel of the first turn
+    neither = torch.zeros(3, dtype=torch.bool)
+    for distance, is_ghost in ((3, False), (4, True)):
+        fake = batch.images.clone()
+        fake[0, :, row - distance, column] += 0.5
+        ghost = 10 * 3 * 0.5 / (3 * 32**2)  # its value; the differences to its neighbours weigh as these do
+        of_random = trainer._reconstruction_errors(fake, batch, neither)
+        assert (of_random[0] > 0.9 * ghost) == is_ghost
+        assert (of_random > 0).tolist() == [is_ghost, False, False]
+        of_found = trainer._reconstruction_errors(fake, batch, ~neither)
+        assert (of_found[0] > 0.9 * ghost) == is_ghost
+        assert of_found[0] > 0
 
 
 def test_every_epoch_is_a_permutation_and_the_places_are_where_things_changed(data: Path) -> None:
