@@ -28,6 +28,7 @@ from condgan.measures import (
     NOTHING,
     Score,
     diversity,
+    importance_like,
     looks,
     memorisation,
     place_errors,
@@ -206,14 +207,21 @@ def _blank(scenes: Scenes) -> Scenes:
 
 
 def _measures(
-    drawn: dict[str, Score], real: dict[str, Score], shuffled: dict[str, Score], blank: dict[str, Score]
+    drawn: dict[str, Score],
+    real: dict[str, Score],
+    shuffled: dict[str, Score],
+    blank: dict[str, Score],
+    matched: dict[str, Score] | None = None,
 ) -> dict[str, Measure]:
+    matched = matched or {}
     return {
         name: Measure(
             drawn=score.value,
             ci95=score.ci95,
             samples=score.samples,
             real=real.get(name, NOTHING).value,
+            matched=matched.get(name, NOTHING).value,
+            matched_ci95=matched.get(name, NOTHING).ci95,
             shuffled=shuffled.get(name, NOTHING).value,
             blank=blank.get(name, NOTHING).value,
         )
@@ -230,12 +238,16 @@ def _measure_rightness(
     scores = rightness(logits[:, -1], asked, counts, num_lists)
     scores["retention"] = retention(logits, drawn, num_lists)
     of_real: dict[str, Score] = {}
+    matched: dict[str, Score] = {}
     if real is not None:
         scenes, present = real.test, real.test.present
         real_logits, pictures = observer.turn_logits(scenes), scenes.pictures[:, 1:][present]
-        of_real = rightness(
-            real_logits[present], scenes.asked[present], observer.counts(pictures), len(scenes.pictures)
-        )
+        seen = (real_logits[present], scenes.asked[present], observer.counts(pictures), len(scenes.pictures))
+        of_real = rightness(*seen)
+        turn = torch.arange(1, scenes.present.shape[1] + 1).expand_as(present)[present]
+        importance = importance_like(turn, drawn.present.sum(1))
+        if importance is not None:
+            matched = rightness(*seen, importance)
         of_real["retention"] = retention(real_logits, scenes, len(scenes.pictures))
     shuffled: dict[str, Score] = {}
     if num_lists > 1:
@@ -245,7 +257,7 @@ def _measure_rightness(
     empty_logits = observer.logits(empty.final)
     blank = rightness(empty_logits, empty.asked[:, -1], observer.counts(empty.final), len(empty_logits))
     blank["retention"] = retention(empty_logits[:, None].expand(-1, logits.shape[1], -1), empty, len(empty_logits))
-    return _measures(scores, of_real, shuffled, blank)
+    return _measures(scores, of_real, shuffled, blank, matched)
 
 
 def _measure_surroundings(drawn: Scenes, num_lists: int, real: RealScenes | None) -> dict[str, Measure]:

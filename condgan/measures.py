@@ -67,7 +67,9 @@ def quantile(values: Tensor, share: float, resamples: int = 2000) -> Score:
     return Score(float(values.nanquantile(share)), (low, high), int((~values.isnan()).sum()))
 
 
-def rightness(logits: Tensor, asked: Tensor, counts: Tensor | None, groups: int) -> dict[str, Score]:
+def rightness(
+    logits: Tensor, asked: Tensor, counts: Tensor | None, groups: int, importance: Tensor | None = None
+) -> dict[str, Score]:
     """Whether the asked objects are there, and no others.
 
     Args:
@@ -75,20 +77,43 @@ def rightness(logits: Tensor, asked: Tensor, counts: Tensor | None, groups: int)
         asked: (N, K) multi-hot.
         counts: (N,) objects found in each picture, whatever they are; None leaves ``count_accuracy`` out.
         groups: as in :func:`ratio`.
+        importance: (N,) how often each picture counts; None is once.
     """
     wanted, seen = asked > 0.5, logits.sigmoid() > 0.5
     num_asked, num_seen, num_both = wanted.sum(1), seen.sum(1), (wanted & seen).sum(1)
     one_each = torch.ones(len(asked))
+
+    def share(values: Tensor, weights: Tensor, samples: Tensor) -> Score:
+        if importance is not None:
+            values, weights = values * importance, weights * importance
+        return ratio(values, weights, groups, int(samples.sum()))
+
     scores = {
-        "accuracy": ratio(metrics.top_k_found(logits, asked), num_asked, groups),
-        "exact": ratio(metrics.exact_set(logits, asked), one_each, groups),
-        "object_precision": ratio(num_both, num_seen, groups),
-        "object_recall": ratio(num_both, num_asked, groups),
-        "object_f1": ratio(2 * num_both, num_asked + num_seen, groups, samples=int(num_asked.sum())),
+        "accuracy": share(metrics.top_k_found(logits, asked), num_asked, num_asked),
+        "exact": share(metrics.exact_set(logits, asked), one_each, one_each),
+        "object_precision": share(num_both, num_seen, num_seen),
+        "object_recall": share(num_both, num_asked, num_asked),
+        "object_f1": share(2 * num_both, num_asked + num_seen, num_asked),
     }
     if counts is not None:
-        scores["count_accuracy"] = ratio(counts.cpu() == num_asked, one_each, groups)
+        scores["count_accuracy"] = share(counts.cpu() == num_asked, one_each, one_each)
     return scores
+
+
+def importance_like(lengths: Tensor, wanted: Tensor) -> Tensor | None:
+    """How often pictures must count, so that those of each number of objects have the share that they have of lists.
+
+    Args:
+        lengths: (N,) objects in each picture.
+        wanted: (L,) objects in each list.
+
+    Returns:
+        (N,) float64 of mean 1; None where no picture has as many objects as one of the lists.
+    """
+    have, want = (x.bincount(minlength=int(max(lengths.max(), wanted.max())) + 1).double() for x in (lengths, wanted))
+    if bool((want > 0)[have == 0].any()):
+        return None
+    return (want / have.clamp(min=1) * (len(lengths) / len(wanted)))[lengths]
 
 
 def retention(logits: Tensor, scenes: Scenes, groups: int) -> Score:

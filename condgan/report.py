@@ -59,6 +59,11 @@ class Measure:
     """How many things ``drawn`` is a mean over; docs/evaluation.md says which."""
     real: float | None = None
     """The same of real held-out pictures; for a distance, of other real pictures to them: the floor."""
+    matched: float | None = None
+    """The same of real held-out pictures, each counted so often that as many have one object, two or three as do
+    lists: what the judge gives real pictures of such lists."""
+    matched_ci95: Interval | None = None
+    """95 % interval of ``matched``, over other real scenes."""
     shuffled: float | None = None
     """Control: the same of the drawn pictures with the lists of other pictures."""
     blank: float | None = None
@@ -118,13 +123,13 @@ class EvaluationReport:
     def to_dict(self) -> dict[str, Any]:
         """All fields under their names, ready for JSON, and what is asked for most a second time under short names.
 
-        Short are the value of every measure (``accuracy``), ``accuracy_ci95``, ``exact_ci95``, ``real_accuracy`` and
-        ``real_exact``.
+        Short are the value of every measure (``accuracy``), ``accuracy_ci95``, ``exact_ci95``, ``real_accuracy``,
+        ``real_exact``, ``matched_accuracy`` and ``matched_exact``.
         """
         fields = dict(vars(self))
         seconds = fields.pop("seconds")
         fields["measures"] = {
-            name: {**asdict(measure), "ci95": measure.ci95 and [*measure.ci95], "used": self.is_told(name)}
+            name: {**asdict(measure), **_lists(measure), "used": self.is_told(name)}
             for name, measure in self.measures.items()
         }
         fields["layout"] = {name: comparison._asdict() for name, comparison in self.layout.items()}
@@ -132,6 +137,7 @@ class EvaluationReport:
         for name in ("accuracy", "exact"):
             short[f"{name}_ci95"] = fields["measures"][name]["ci95"]
             short[f"real_{name}"] = self.measures[name].real
+            short[f"matched_{name}"] = self.measures[name].matched
         return {**fields, **short, "seconds": seconds}
 
     def __str__(self) -> str:
@@ -147,26 +153,40 @@ class EvaluationReport:
                 f"the best of {self.best_of} by the verifier, by {self.redraw}: "
                 f"{self.passes:.2f} passes of the generator a picture"
             )
-        yield f"{'':<31}{'drawn':>7}   {'95 % interval':<18}{'of':>7}{'real':>9}{'shuffled':>10}{'blank':>8}"
+        beside = f"{'real':>8}{'matched':>8}{'shuffled':>10}{'blank':>8}"
+        yield f"{'':<30}{'drawn':>7}   {'95 % interval':<18}{'of':>6}{beside}"
         for name, measure in self.measures.items():
             kind = MEASURES[name]
-            drawn, real, shuffled, blank = (
-                _show(value, kind.digits) for value in (measure.drawn, measure.real, measure.shuffled, measure.blank)
+            drawn, real, matched, shuffled, blank = (
+                _show(value, kind.digits)
+                for value in (measure.drawn, measure.real, measure.matched, measure.shuffled, measure.blank)
             )
             interval = " .. ".join(_show(end, kind.digits) for end in measure.ci95 or ())
             mark = "" if self.is_told(name) else " *"
-            columns = f"{measure.samples:>7}{real:>9}{shuffled:>10}{blank:>8}{mark}"
-            yield f"{kind.label:<31}{drawn:>7}   {interval:<18}{columns}"
+            columns = f"{measure.samples:>6}{real:>8}{matched:>8}{shuffled:>10}{blank:>8}{mark}"
+            yield f"{kind.label:<30}{drawn:>7}   {interval:<18}{columns}"
         if not all(map(self.is_told, self.measures)):
             yield "* not used: a control does as well, so this number says nothing here"
         if self.layout:
-            yield f"{'layout, 0 alike .. 1 apart':<31}{'drawn':>7}   {'p':<18}{'of':>7}{'real':>9}"
+            yield f"{'layout, 0 alike .. 1 apart':<30}{'drawn':>7}   {'p':<18}{'of':>6}{'real':>8}"
             for name, found in self.layout.items():
                 label = name.replace("_", " ")
                 p_value = f"{found.p_value:.3f}"
-                yield f"  {label:<29}{found.distance:>7.3f}   {p_value:<18}{found.drawn:>7}{found.floor:>9.3f}"
-        real = f"real: {self.real_pictures} pictures of the test split; " if self.real_pictures else ""
+                yield f"  {label:<28}{found.distance:>7.3f}   {p_value:<18}{found.drawn:>6}{found.floor:>8.3f}"
+        real = ""
+        if self.real_pictures:
+            real = (
+                f"real: {self.real_pictures} pictures of the test split; matched: with as many objects as the lists; "
+            )
         yield f"{real}{self.seconds:.0f} s"
+
+
+def _lists(measure: Measure) -> dict[str, list[float] | None]:
+    """Intervals as JSON has them."""
+    return {
+        name: interval and [*interval]
+        for name, interval in (("ci95", measure.ci95), ("matched_ci95", measure.matched_ci95))
+    }
 
 
 def _show(value: float | None, digits: int) -> str:

@@ -612,13 +612,13 @@ def test_report_is_json_and_a_table(score: Score, tmp_path: Path, capsys: pytest
     }
     assert fields["conditions"] == "test.json"
     assert fields["accuracy_ci95"] == [1, 1]
-    assert (fields["accuracy"], fields["real_accuracy"]) == (1, 1)
+    assert (fields["accuracy"], fields["real_accuracy"], fields["matched_accuracy"]) == (1, 1, 1)
     assert fields["measures"].keys() == MEASURES.keys()
     assert fields["measures"]["accuracy"]["ci95"] == [1, 1]
     lines = str(report).splitlines()
     assert all(len(line) <= 100 for line in lines)
     (accuracy,) = [line.split() for line in lines if line.startswith("accuracy")]
-    assert accuracy[:7] == ["accuracy", "1.000", "1.000", "..", "1.000", "14", "1.000"]
+    assert accuracy[:8] == ["accuracy", "1.000", "1.000", "..", "1.000", "14", "1.000", "1.000"]
     assert f"{report.measures['preservation'].drawn:.3f}" in str(report)
     silent = score(_honest, file, draws=1)
     assert capsys.readouterr().err == ""

@@ -11,6 +11,7 @@ from torch import Tensor
 from condgan import metrics
 from condgan.measures import (
     NOTHING,
+    importance_like,
     jackknife,
     place_errors,
     quantile,
@@ -83,6 +84,24 @@ def test_rightness_by_hand() -> None:
     micro = metrics.object_scores(logits, asked)
     assert (values["object_precision"], values["object_recall"], values["object_f1"]) == pytest.approx(micro)
     assert "count_accuracy" not in rightness(logits, asked, None, groups=2)
+
+
+def test_pictures_count_as_often_as_lists_with_as_many_objects() -> None:
+    lengths, lists = torch.tensor([1, 2, 3, 1, 2, 3]), torch.tensor([1, 3, 3, 3])
+    importance = importance_like(lengths, lists)
+    assert importance is not None
+    assert importance.tolist() == [0.75, 0, 2.25, 0.75, 0, 2.25]
+    asked = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]] * 2)
+    logits = torch.where(asked > 0, SEEN, UNSEEN)
+    logits[2, 2] = 2 * UNSEEN  # one object of one of the two pictures with three
+    logits[4] = -logits[4]  # what no list is like does not matter
+    scores = rightness(logits, asked, torch.tensor([1, 2, 3, 1, 2, 2]), 2, importance)
+    assert scores["accuracy"].value == pytest.approx((2 * 0.75 + 2.25 * 5) / (2 * 0.75 + 2.25 * 6))
+    assert scores["exact"].value == pytest.approx((2 * 0.75 + 2.25) / 6)
+    assert scores["count_accuracy"].value == pytest.approx((2 * 0.75 + 2.25) / 6)
+    assert (scores["accuracy"].samples, scores["exact"].samples) == (12, 6)
+    assert importance_like(lengths, torch.tensor([1, 4])) is None
+    assert importance_like(lengths, torch.tensor([1, 5, 2])) is None
 
 
 def test_retention_is_of_what_was_found_before() -> None:

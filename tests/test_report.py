@@ -53,15 +53,18 @@ def test_a_measure_is_told_if_every_control_is_worse(name: str, measure: Measure
 
 
 def test_short_names_repeat_the_measures() -> None:
-    accuracy = Measure(drawn=0.9, ci95=(0.8, 0.95), samples=3, real=0.97)
+    accuracy = Measure(drawn=0.9, ci95=(0.8, 0.95), samples=3, real=0.97, matched=0.96, matched_ci95=(0.94, 0.98))
     fields = json.loads(json.dumps(report_of(accuracy=accuracy).to_dict(), allow_nan=False))
     assert (fields["accuracy"], fields["accuracy_ci95"], fields["real_accuracy"]) == (0.9, [0.8, 0.95], 0.97)
-    assert (fields["exact"], fields["exact_ci95"], fields["real_exact"]) == (None, None, None)
+    assert fields["matched_accuracy"] == 0.96
+    assert [fields[name] for name in ("exact", "exact_ci95", "real_exact", "matched_exact")] == [None] * 4
     assert fields["measures"]["accuracy"] == {
         "drawn": 0.9,
         "ci95": [0.8, 0.95],
         "samples": 3,
         "real": 0.97,
+        "matched": 0.96,
+        "matched_ci95": [0.94, 0.98],
         "shuffled": None,
         "blank": None,
         "used": True,
@@ -76,4 +79,4 @@ def test_text_has_a_line_for_every_measure_and_statistic() -> None:
     (line,) = [line.split() for line in lines if "place later" in line]
     assert line == ["place", "later", "0.123", "0.040", "20", "0.050"]
     (line,) = [line.split() for line in lines if line.startswith("accuracy")]
-    assert line == ["accuracy", "0.900", "0.800", "..", "0.950", "3", "-", "-", "-"]
+    assert line == ["accuracy", "0.900", "0.800", "..", "0.950", "3", "-", "-", "-", "-"]
