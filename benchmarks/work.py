@@ -24,9 +24,9 @@ def run(rounds: int, plot: Path | None = None) -> Iterator[Row]:
     seconds: dict[str, dict[int, float]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # more turns than in training
-        for what, numbers in (("scenes", SCENES), ("turns", TURNS)):
+        for what, numbers, repeats in (("scenes", SCENES, max(3, rounds // 3)), ("turns", TURNS, 3 * rounds)):
             cases = {str(n): partial(generator.generate, _request(what, n), seed=0) for n in numbers}
-            times = interleaved(cases, max(3, rounds // 3))
+            times = interleaved(cases, repeats)  # turns are short, and a line through four of them shows every hiccup
             seconds[what] = {n: median(times, str(n)) for n in numbers}
     mebibytes = {n: peak_memory(f"{LOAD}generator.generate({_request('scenes', n)!r})\n") for n in SCENES}
     for n, value in seconds["scenes"].items():

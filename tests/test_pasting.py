@@ -8,6 +8,7 @@ import pasting
 import pytest
 import torch
 from scenes import write_iclevr_layout
+from train_classifier import edited_pictures
 
 from condgan.datasets import SceneDataset
 from condgan.functional import place_of_change
@@ -72,3 +73,17 @@ def test_what_is_added_behind_an_object_is_where_it_can_be_seen(drawn: pasting.S
     torch.testing.assert_close(place_of_change(wall.images[seen], both.images[seen]), both.places[seen, 3])
     hidden = both.regions[:, 3].sum((1, 2)) < pasting.MIN_VISIBLE
     assert (both.kinds[hidden, 3] != pasting.OBJECT).all()
+
+
+def test_a_classifier_is_told_what_was_pasted_and_not_asked_for_what_is_hidden(
+    drawn: pasting.Scenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, there, asked = edited_pictures(drawn, 64, torch.Generator().manual_seed(0))
+    assert images.shape == (64, 3, 64, 64)
+    assert there.sum(1).max() > 3, "more than any real scene has"
+    assert not ((1 - asked) * there).any()
+    assert 0 < (1 - asked).sum() < 0.2 * there.sum(), "some are hidden by what was pasted before them"
+    monkeypatch.setattr(pasting, "MIN_VISIBLE", 10_000)  # now everything is
+    _, there, asked = edited_pictures(drawn, 64, torch.Generator().manual_seed(0))
+    assert not there.any()
+    assert 1 < (1 - asked).sum(1).max() < 6
