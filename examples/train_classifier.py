@@ -1,9 +1,6 @@
 """Train the verifier or the judge on real i-CLEVR: the recipe of the two classifiers that ship.
 
 python examples/train_classifier.py --data iclevr --role verifier --out runs/verifier
-
-With --edited some pictures have objects of other scenes pasted in, often before or behind others: what hides what is
-rare in real scenes, and most of what a classifier gets wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from pasting import OBJECT, UNCLEAR, Scenes, add, empty_scenes, put, read_scenes, real_pictures, take
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -22,10 +18,6 @@ from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.datasets import SceneDataset
 from condgan.functional import local_mean
 from condgan.precision import autocast
-from condgan.vocab import ICLEVR_OBJECTS
-
-BATCH_SIZE = 64
-
 
 ROLES = {  # different architecture, different half of the train split, different seed
     "verifier": (SceneClassifierConfig((32, 64, 128, 192), (2, 2, 2, 2), "small", "evidence"), 0, 101),
@@ -55,24 +47,6 @@ def scene_targets(data: SceneDataset) -> Tensor:
     return F.one_hot(data.objects, len(data.vocabulary)).float().cumsum(1)
 
 
-def edited_pictures(scenes: Scenes, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures with objects of other scenes pasted in.
-
-    Returns:
-        (N, 3, H, W) in [-1, 1]; what stands in each, (N, K) multi-hot; and (N, K), 0 for what is all but hidden: to
-        find it or not is neither right nor wrong.
-    """
-    num_turns = scenes.regions.shape[1]
-    rows = torch.randint(len(scenes.pixels), (size,), generator=rng)
-    pictures = real_pictures(scenes, rows, torch.randint(num_turns + 1, (size,), generator=rng), spare=2)
-    for slot, share in ((num_turns, 0.8), (num_turns + 1, 0.5)):
-        chosen = (torch.rand(size, generator=rng) < share).nonzero().flatten()
-        put(pictures, chosen, add(take(pictures, chosen), slot, scenes, rng, only_objects=True))
-    named = F.one_hot(pictures.objects, len(ICLEVR_OBJECTS))  # (N, M, K)
-    there, unclear = ((named * (pictures.kinds == kind)[:, :, None]).amax(1) for kind in (OBJECT, UNCLEAR))
-    return pictures.images, there.float(), 1 - (unclear * (1 - there)).float()
-
-
 @torch.no_grad()
 def score(model: SceneClassifier, data: SceneDataset) -> dict[str, float]:
     """Top-k accuracy (objects found / objects asked) and exact set at 0.5 over every picture of ``data``."""
@@ -91,13 +65,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on")
     parser.add_argument("--role", required=True, choices=ROLES)
     parser.add_argument("--out", required=True, help="folder to write the classifier to")
-    parser.add_argument("--init", help="name or folder of a classifier of this role to go on from")
-    parser.add_argument("--steps", type=int, default=6000, help="steps of 64 pictures (default: 6000)")
-    parser.add_argument("--edited", type=int, default=0, help="of these, pictures with pasted objects (default: 0)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="the highest, of AdamW (default: 0.002)")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of 64 pictures")
     args = parser.parse_args()
-    if not 0 <= args.edited <= BATCH_SIZE:
-        parser.error(f"argument --edited: 0 to {BATCH_SIZE} pictures of a step, got {args.edited}")
 
     config, half, seed = ROLES[args.role]
     torch.manual_seed(seed)
@@ -105,28 +74,20 @@ def main() -> None:
     train = SceneDataset(args.data, "train", half)
     validation = SceneDataset(args.data, "validation")
     targets = scene_targets(train)
-    scenes = read_scenes(train, empty_scenes(train), fit_canvas=True) if args.edited else None
-    model = SceneClassifier(config)
-    if args.init is not None:
-        model.load_state_dict(SceneClassifier.from_pretrained(args.init).state_dict())
-    model = model.to(memory_format=torch.channels_last)
+    model = SceneClassifier(config).to(memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps, pct_start=0.1)
     start = time.time()
     for step in range(1, args.steps + 1):
-        rows = torch.randint(len(train), (BATCH_SIZE - args.edited,), generator=rng)
-        turns = torch.randint(3, (BATCH_SIZE - args.edited,), generator=rng)
-        images, wanted = train.pixels[rows, turns].float() / 127.5 - 1, targets[rows, turns]
-        asked = torch.ones_like(wanted)
-        if scenes is not None:
-            edited = edited_pictures(scenes, args.edited, rng)
-            images, wanted, asked = (torch.cat(pair) for pair in zip((images, wanted, asked), edited, strict=True))
-        images = augment(images, rng)
+        scenes = torch.randint(len(train), (64,), generator=rng)
+        turns = torch.randint(3, (64,), generator=rng)
+        images = augment(train.pixels[scenes, turns].float() / 127.5 - 1, rng)
         with autocast("cpu"):
             logits = model(images.contiguous(memory_format=torch.channels_last))
-        errors = F.binary_cross_entropy_with_logits(logits.float(), wanted, asked, reduction="none")
-        loss = errors.sum(1).mean()
+        loss = (
+            F.binary_cross_entropy_with_logits(logits.float(), targets[scenes, turns], reduction="none").sum(1).mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

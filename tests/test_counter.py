@@ -8,10 +8,10 @@ import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from pasting import NOTHING, OBJECT, UNCLEAR
 from scenes import write_iclevr_layout
 from torch import Tensor
 
@@ -19,7 +19,8 @@ from condgan import IterativeGenerator, ObjectCounter, ObjectCounterConfig
 from condgan.counter import find_centres, match_places
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
-from condgan.functional import place_map
+from condgan.functional import place_map, place_of_change
+from condgan.images import from_uint8
 from condgan.prepare import prepare
 
 SMALL = ObjectCounterConfig(widths=(6, 8, 10), blocks=2, threshold=0.3)
@@ -265,9 +266,70 @@ def recipe() -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
 
+@pytest.fixture(scope="module")
+def drawn(data: Path, recipe: SimpleNamespace) -> Any:
+    """The scenes of the tests on a floor without objects, as ``train_counter.py`` wants them."""
+    pixels = SceneDataset(data).pixels
+    floor = pixels[:, :1, :, :4, :4].float().mean((3, 4), keepdim=True).expand(-1, -1, -1, 64, 64)
+    before = torch.cat((floor.byte(), pixels), 1)
+
+    def scenes_before(*_: object, progress: bool) -> SimpleNamespace:
+        return SimpleNamespace(pixels=before)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(recipe.read_scenes.__globals__, "TrainingScenes", scenes_before)
+        return recipe.read_scenes(SceneDataset(data), None, False)
+
+
+def test_an_object_is_taken_away_without_a_trace(recipe: SimpleNamespace, drawn: Any) -> None:
+    rows = torch.arange(24)
+    last = torch.full((24,), 2)
+    three = recipe.real_pictures(drawn, rows, last + 1)
+    two = recipe.take_away(three, drawn, rows, last)
+    gone = (two.kinds[:, 2] == recipe.NOTHING).nonzero().flatten()
+    assert len(gone) > 12
+    assert (two.images[gone] - from_uint8(drawn.pixels[gone, 2])).abs().max() < 1e-5
+    assert torch.equal(two.kinds[:, :2], three.kinds[:, :2])
+
+
+def test_what_is_added_is_where_it_is_said_to_be(recipe: SimpleNamespace, drawn: Any) -> None:
+    rows = torch.arange(24)
+    one = recipe.real_pictures(drawn, rows, torch.ones(24, dtype=torch.long), spare=1)
+    two = recipe.add(one, 3, drawn, torch.Generator().manual_seed(0), only_objects=True)
+    new = (two.kinds[:, 3] == recipe.OBJECT).nonzero().flatten()
+    assert len(new) > 12
+    torch.testing.assert_close(place_of_change(one.images[new], two.images[new]), two.places[new, 3])
+    stays = two.kinds[:, 3] == recipe.NOTHING
+    assert torch.equal(two.images[stays], one.images[stays])
+
+
+def test_an_object_replaces_what_was_there_and_its_shadow_is_added(recipe: SimpleNamespace) -> None:
+    rng = torch.Generator().manual_seed(3)
+    floor, before, after = (torch.rand(1, 3, 32, 32, generator=rng) - 0.5 for _ in range(3))
+    region = torch.zeros(1, 32, 32, dtype=torch.bool)
+    region[:, 10:20, 12:22] = True
+    pasted = recipe.paste(floor, before, after, region)
+    torch.testing.assert_close(pasted[..., 10:20, 12:22], after[..., 10:20, 12:22])
+    torch.testing.assert_close(pasted[..., 24:, :], (floor + after - before)[..., 24:, :])
+
+
+def test_what_is_added_behind_an_object_is_where_it_can_be_seen(recipe: SimpleNamespace, drawn: Any) -> None:
+    rows = torch.arange(24)
+    wall = recipe.real_pictures(drawn, rows, torch.ones(24, dtype=torch.long), spare=1)
+    wall.regions[:, 0, 16:] = True
+    wall.places[:, 0] = torch.tensor([32.0, 63.0])
+    both = recipe.add(wall, 3, drawn, torch.Generator().manual_seed(0), only_objects=True)
+    seen = (both.kinds[:, 3] == recipe.OBJECT).nonzero().flatten()
+    assert len(seen) > 4
+    assert torch.equal(both.images[:, :, 16:], wall.images[:, :, 16:])
+    torch.testing.assert_close(place_of_change(wall.images[seen], both.images[seen]), both.places[seen, 3])
+    hidden = both.regions[:, 3].sum((1, 2)) < recipe.MIN_VISIBLE
+    assert (both.kinds[hidden, 3] != recipe.OBJECT).all()
+
+
 def test_the_loss_wants_heat_at_centres_and_nowhere_else(recipe: SimpleNamespace) -> None:
     places = torch.tensor([[[20.5, 30.5], [50.5, 10.5], [0.0, 0.0]]])
-    kinds = torch.tensor([[OBJECT, UNCLEAR, NOTHING]])
+    kinds = torch.tensor([[recipe.OBJECT, recipe.UNCLEAR, recipe.NOTHING]])
     right = torch.full((1, 1, 32, 32), -9.0)
     right[0, 0, 15, 10] = 9.0
     losses = {"right": recipe.focal_loss(right, places, kinds).item()}
