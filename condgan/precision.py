@@ -11,7 +11,7 @@ CPU_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16")
 def fast_bfloat16(device: torch.device | str) -> bool:
     """Whether a device multiplies bfloat16 with instructions of its own.
 
-    A processor without them imitates it. On two cores with AVX2 only, a product of two 1024x1024 matrices in bfloat16
+    A processor without them imitates it. On one core with AVX2 only, a product of two 1024x1024 matrices in bfloat16
     ran at 0.6 GFLOP/s, in float32 at 43.
 
     Args:
