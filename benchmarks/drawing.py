@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peer, plain
-from benchmarks.measure import Row, interleaved, matrix_product, median, operations, ratio
+from benchmarks.measure import DTYPES, Row, interleaved, matrix_product, median, operations, ratio
 from condgan import IterativeGenerator
-from condgan.precision import fast_bfloat16
 
 SCENE = ["red cube", "blue sphere", "gray cylinder"]
-DTYPES = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if fast_bfloat16("cpu") else {})
-"""What the reference's networks are measured in: a processor that only imitates bfloat16 would take minutes a batch."""
 IN_A_ROW = 5
 """Pictures that the shipped model and its peer draw in each round; the median counts, as for one who draws several."""
 

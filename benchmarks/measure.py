@@ -14,7 +14,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from condgan.precision import fast_bfloat16
+
 MATRIX_SIZE = 1024
+DTYPES = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if fast_bfloat16("cpu") else {})
+"""What networks are measured in, the fastest last; a processor that imitates bfloat16 would take minutes a batch."""
 COPIED_BYTES = 2**26
 
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import Row, interleaved, matrix_product, median, operations, ratio
+from benchmarks.measure import DTYPES, Row, interleaved, matrix_product, median, operations, ratio
 from benchmarks.plain import PlainTraining
 from condgan import DiffDiscriminator, IterativeGenerator
-from condgan.precision import fast_bfloat16
 from condgan.ranks import ALONE, Ranks
 from condgan.training import PRESETS, Trainer, TrainingScenes
 
@@ -54,7 +53,7 @@ def run(rounds: int) -> Iterator[Row]:
     images = torch.cat((torch.zeros(SCENES, 1, 3, 64, 64), data.pixels.float() / 127.5 - 1), 1)
     ours, without = trainer(1), trainer(10**9)
     straight = PlainTraining(IterativeGenerator(), DiffDiscriminator(), images, F.one_hot(data.objects, 24).float())
-    limit, multiplied = matrix_product(torch.bfloat16 if fast_bfloat16("cpu") else torch.float32)
+    limit, multiplied = matrix_product([*DTYPES.values()][-1])
     work = {"penalty": operations(ours.train_step), "no penalty": operations(without.train_step)}
     times = interleaved(
         {"plain": straight.step, "penalty": ours.train_step, "no penalty": without.train_step, "limit": limit}, rounds

@@ -244,8 +244,7 @@ def _measure_rightness(
         real_logits, pictures = observer.turn_logits(scenes), scenes.pictures[:, 1:][present]
         seen = (real_logits[present], scenes.asked[present], observer.counts(pictures), len(scenes.pictures))
         of_real = rightness(*seen)
-        turn = torch.arange(1, scenes.present.shape[1] + 1).expand_as(present)[present]
-        importance = importance_like(turn, drawn.present.sum(1))
+        importance = importance_like(present.cumsum(1)[present], drawn.present.sum(1))
         if importance is not None:
             matched = rightness(*seen, importance)
         of_real["retention"] = retention(real_logits, scenes, len(scenes.pictures))

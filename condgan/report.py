@@ -129,7 +129,12 @@ class EvaluationReport:
         fields = dict(vars(self))
         seconds = fields.pop("seconds")
         fields["measures"] = {
-            name: {**asdict(measure), **_lists(measure), "used": self.is_told(name)}
+            name: {
+                **asdict(measure),
+                "ci95": _as_list(measure.ci95),
+                "matched_ci95": _as_list(measure.matched_ci95),
+                "used": self.is_told(name),
+            }
             for name, measure in self.measures.items()
         }
         fields["layout"] = {name: comparison._asdict() for name, comparison in self.layout.items()}
@@ -181,12 +186,9 @@ class EvaluationReport:
         yield f"{real}{self.seconds:.0f} s"
 
 
-def _lists(measure: Measure) -> dict[str, list[float] | None]:
-    """Intervals as JSON has them."""
-    return {
-        name: interval and [*interval]
-        for name, interval in (("ci95", measure.ci95), ("matched_ci95", measure.matched_ci95))
-    }
+def _as_list(interval: Interval | None) -> list[float] | None:
+    """An interval as JSON has it."""
+    return interval and [*interval]
 
 
 def _show(value: float | None, digits: int) -> str:

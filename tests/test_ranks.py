@@ -19,8 +19,8 @@ from rank_program import CONFIGS, LONG, normed_parts, start_ranks, trained
 from safetensors import safe_open
 from tiny import RUN
 
-from condgan import ranks, training
-from condgan.ranks import ALONE, Ranks, joined, own_device
+from condgan import training
+from condgan.ranks import ALONE, GlobalBatchNorm, Ranks, joined, own_device
 from condgan.runs import CHECKPOINT, train
 from condgan.training import _own_parts
 
@@ -75,8 +75,8 @@ def test_batch_norm_over_ranks_is_batch_norm_of_all(two_ranks: list[dict[str, An
 
 def test_a_rank_may_have_a_single_number_of_a_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a part of one scene has a map of one pixel; the variance of one number alone is no number."""
-    monkeypatch.setattr(ranks, "_all_reduce", lambda tensor: tensor.mul_(2))  # the other rank has the same
-    norm = ranks.GlobalBatchNorm(torch.nn.BatchNorm2d(3))
+    monkeypatch.setattr("condgan.ranks._all_reduce", lambda tensor: tensor.mul_(2))  # the other rank has the same
+    norm = GlobalBatchNorm(torch.nn.BatchNorm2d(3))
     x = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
     assert norm(x).abs().max() < 1e-3
     torch.testing.assert_close(norm.running_mean, 0.1 * x.flatten())
