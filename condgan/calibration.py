@@ -111,7 +111,7 @@ def fit_mapping(
     steps = MAPPING_EPOCHS * math.ceil(count / MAPPING_BATCH_SIZE)
     trainable = next(mapping.parameters()).requires_grad
     mapping.requires_grad_()
-    optimizer = torch.optim.AdamW(mapping.parameters(), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(mapping.parameters(), weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MAPPING_LEARNING_RATE, total_steps=steps)
     rng = torch.Generator().manual_seed(0)
     for _ in trange(steps, desc="mapping", unit="step", file=sys.stderr, disable=not progress):

@@ -16,10 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from condgan import IterativeGenerator
 from condgan.datasets import SceneDataset
 from condgan.evaluation import evaluate
 from condgan.runs import train
-from condgan.training import PRESETS, TrainConfig
+from condgan.training import PRESETS, TrainConfig, TrainingScenes
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on")
@@ -31,6 +34,8 @@ parser.add_argument("--draws", type=int, default=4, help="draws of each list")
 parser.add_argument("--rows", nargs="+", metavar="ROW", help="names of the rows to train; the default is all")
 
 MEASURES = ("accuracy", "exact", "frechet_distance", "retention")
+NO_CORRECTION = "no-correction"
+"""What corrects first turns is measured on finished weights, so this row is not trained: it is the whole recipe's."""
 
 
 def variants(base: TrainConfig) -> dict[str, TrainConfig]:
@@ -51,7 +56,6 @@ def variants(base: TrainConfig) -> dict[str, TrainConfig]:
         "no-mapping": alone,
         "no-window": both(window=None),
         "no-light": both(light_inputs=0),
-        "no-correction": generator(correction=False),
         "no-noise-in-norm": generator(noise_in_norm=False),
         "no-own-pictures": replace(base, own_pictures=0.0),
         "reference-objective": replace(base, objective="reference"),
@@ -71,11 +75,38 @@ def base_recipe(images: int, width: int) -> TrainConfig:
     )
 
 
-def measured(config: TrainConfig, data: str, out: Path, lists: list[list[str]], draws: int) -> dict[str, float | None]:
+def fitted_light(recipe: TrainConfig, data: str, out: Path) -> IterativeGenerator:
+    """A fresh generator whose canvas and light are fitted to the scenes: minutes of work, the same for every row."""
+    if not out.exists():
+        generator = IterativeGenerator(recipe.generator)
+        TrainingScenes(SceneDataset(data, "train"), generator, progress=True)
+        generator.save_pretrained(out)
+    return IterativeGenerator.from_pretrained(out)
+
+
+def with_start(recipe: TrainConfig, lit: IterativeGenerator, out: Path) -> TrainConfig:
+    """The recipe, from fresh weights of its seed that know the light already."""
+    if not out.exists():
+        torch.manual_seed(recipe.seed)
+        generator = IterativeGenerator(recipe.generator)
+        generator.canvas.load_state_dict(lit.canvas.state_dict())
+        if generator.light is not None and lit.light is not None:
+            generator.light.load_state_dict(lit.light.state_dict())
+        generator.save_pretrained(out)
+    return replace(recipe, init_generator=str(out))
+
+
+def measured(
+    config: TrainConfig, data: str, out: Path, lists: list[list[str]], draws: int, corrected: bool = True
+) -> dict[str, float | None]:
     """Train a model, or go on with it, and measure it; what was measured before is read from its folder."""
-    report = out / "report.json"
+    whole, uncorrected = out / "report.json", out / "report-uncorrected.json"
+    report = whole if corrected else uncorrected
     if not report.exists():
-        model = train(data, out, config)
+        over = whole.exists() or uncorrected.exists()
+        model = IterativeGenerator.from_pretrained(out / "model") if over else train(data, out, config)
+        if model.correction is not None and not corrected:
+            model.correction.clear_()
         found = evaluate(model, lists, draws=draws, data=data).to_dict()
         partial = report.with_suffix(".partial")
         partial.write_text(json.dumps(found))
@@ -93,17 +124,22 @@ def cell(values: list[float | None]) -> str:
 def main() -> None:
     """Train and measure what is missing, then print the table."""
     args = parser.parse_args()
-    rows = variants(base_recipe(args.images, args.width))
-    unknown = set(args.rows or ()) - rows.keys()
+    recipes = variants(base_recipe(args.images, args.width))
+    rows = [*recipes, NO_CORRECTION]
+    unknown = set(args.rows or ()) - {*rows}
     if unknown:
         parser.error(f"--rows: no row is called {sorted(unknown)}; there are {', '.join(rows)}")
     test = SceneDataset(args.data, "test")
     lists = [[test.vocabulary.names[i] for i in scene] for scene in test.objects.tolist()]
+    lit = fitted_light(recipes["everything"], args.data, args.out / "light")
     found: dict[str, list[dict[str, float | None]]] = {}
     for seed in range(args.seeds):
         for name in args.rows or rows:
-            config, out = replace(rows[name], seed=seed), args.out / f"{name}-{seed}"
-            found.setdefault(name, []).append(measured(config, args.data, out, lists, args.draws))
+            corrected = name != NO_CORRECTION
+            recipe = name if corrected else "everything"
+            out = args.out / f"{recipe}-{seed}"
+            config = with_start(replace(recipes[recipe], seed=seed), lit, args.out / f"{recipe}-{seed}-start")
+            found.setdefault(name, []).append(measured(config, args.data, out, lists, args.draws, corrected))
     print("| " + " | ".join(["row", *MEASURES]) + " |\n|" + "---|" * (1 + len(MEASURES)))
     for name, runs in found.items():
         print("| " + " | ".join([name, *(cell([run[measure] for run in runs]) for measure in MEASURES)]) + " |")

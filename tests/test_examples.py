@@ -170,8 +170,10 @@ def test_ablations_trains_and_measures_each_row_once(
     window = IterativeGenerator.from_pretrained(tmp_path / "no-window-0" / "model").config.window
     assert window is None
     monkeypatch.setattr(training.Trainer, "train_step", None)  # nothing is trained again
-    run(monkeypatch, "ablations.py", "--data", data, "--out", tmp_path, *short, "--rows", *rows)
-    assert capsys.readouterr().out.splitlines() == table
+    run(monkeypatch, "ablations.py", "--data", data, "--out", tmp_path, *short, "--rows", *rows, "no-correction")
+    assert capsys.readouterr().out.splitlines()[:-1] == table
+    uncorrected = json.loads((tmp_path / "everything-0" / "report-uncorrected.json").read_text())
+    assert uncorrected["accuracy"] is not None
     with pytest.raises(SystemExit):
         run(monkeypatch, "ablations.py", "--data", data, "--out", tmp_path, "--rows", "no-such-row")
     assert "no-such-row" in capsys.readouterr().err
