@@ -34,7 +34,7 @@ class FirstTurnCorrection(nn.Module):
     Shape:
         condition: (N, D); no gradient flows back to it.
         light: (N, L), or None without light.
-        output: (N, 3, H, W), to be added to pictures in [-1, 1].
+        output: (N, 3, H, W), to be added to pictures in [-1, 1]; or None, on a CPU, where no turn is a first one.
 
     Source: matching the means of real and drawn pictures is the feature matching of Salimans et al. 2016,
     arXiv:1606.03498, section 3.1, with the pixels as features and solved at once.
@@ -53,9 +53,13 @@ class FirstTurnCorrection(nn.Module):
         slopes = torch.zeros(num_objects, 3 * light_inputs, slope_size, slope_size) if light_inputs else None
         self.register_buffer("slopes", slopes)  # of rank 4, or a module cannot be channels_last
 
-    def forward(self, condition: Tensor, light: Tensor | None = None) -> Tensor:
+    def forward(self, condition: Tensor, light: Tensor | None = None) -> Tensor | None:
         likeness = F.normalize(condition.detach()) @ F.normalize(self.conditions).T  # (N, K)
         likeness, nearest = likeness.max(1)
+        share = F.relu((likeness - LEAST_LIKENESS) / (1 - LEAST_LIKENESS))
+        can_look = share.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would have to be waited for
+        if can_look and not share.any():
+            return None
         offset = self.offsets[nearest]
         if light is not None and self.slopes is not None:
             slopes = self.slopes[nearest].flatten(2)  # (N, 3 L, h w)
@@ -63,7 +67,6 @@ class FirstTurnCorrection(nn.Module):
             answer = (light[:, None].to(slopes.dtype) @ slopes).view(-1, 3, *self.slopes.shape[2:])
             margin = (offset.shape[-1] - answer.shape[-1]) // 2
             offset = offset + F.pad(answer, (margin,) * 4)
-        share = F.relu((likeness - LEAST_LIKENESS) / (1 - LEAST_LIKENESS))
         return share[:, None, None, None] * offset
 
     def clear_(self) -> None:

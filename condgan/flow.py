@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
+
+from condgan.layers import Derived
 
 MAX_LOG_SCALE = 3.0
 """Each coupling of :class:`ConditionalFlow` stretches a number by at most exp(3)."""
@@ -78,8 +80,8 @@ class ContinuousFlow(nn.Module):
         step = math.pi / 2 / STEPS
         x = noise
         for start, middle in zip(told[::2], told[1::2], strict=True):
-            halfway = x + step / 2 * _velocity(x, start, weights)
-            x = x + step * _velocity(halfway, middle, weights)
+            halfway = torch.add(x, _velocity(x, start, weights), alpha=step / 2)
+            x = torch.add(x, _velocity(halfway, middle, weights), alpha=step)
         return x.clamp(self.low, self.high)
 
     def extra_repr(self) -> str:
@@ -211,11 +213,18 @@ class ConditionalFlow(nn.Module):
             nn.init.zeros_(last.bias)
             layers = [nn.Linear(dim + context_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU()]
             self.couplings.append(nn.Sequential(*layers, last))
+        self._plan = Derived(_drawing_plan)
 
     def forward(self, noise: Tensor, context: Tensor) -> Tensor:
+        read, couplings = self._plan(self.kept, *self.couplings.parameters())
         x = noise
-        for kept, coupling in zip(reversed(self.kept.unbind()), reversed([*self.couplings]), strict=True):
-            x = _couple(x, kept, *self._affine(coupling, x.where(kept, 0), context))
+        for told, (weight1, weight2, bias2, weight3, bias3) in zip(
+            F.linear(context, *read).chunk(len(couplings), 1), couplings, strict=True
+        ):
+            h = F.silu(torch.addmm(told, x, weight1))
+            h = F.silu(torch.addmm(bias2, h, weight2))
+            mean, log_scale = torch.addmm(bias3, h, weight3).chunk(2, 1)
+            x = torch.addcmul(mean, x, _bounded(log_scale).exp())
         return x
 
     def log_prob(self, x: Tensor, context: Tensor) -> Tensor:
@@ -242,13 +251,33 @@ def _affine(weights: tuple[Tensor, ...], known: Tensor) -> tuple[Tensor, Tensor]
     return mean, _bounded(log_scale)
 
 
-def _couple(x: Tensor, kept: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """One affine coupling of vectors (N, K): all but the kept numbers (K,) get a scale and a mean."""
-    return torch.where(kept, x, x * log_scale.exp() + mean)
+class _DrawingPlan(NamedTuple):
+    """The weights of a flow for drawing, where a scene is a few numbers and every operation counts."""
+
+    read: tuple[Tensor, Tensor]
+    """Linear map of the context to what it says to the first layers of all couplings."""
+    couplings: list[tuple[Tensor, ...]]
+    """In the order of drawing: transposed weight of the first layer, weights and biases of the others. What must not be
+    read and what must not change is masked in them."""
+
+
+def _drawing_plan(kept: Tensor, *weights: Tensor) -> _DrawingPlan:
+    """Of the masks (L, K) and six weights and biases of each of L couplings, in the order of ``log_prob``."""
+    dim = kept.shape[1]
+    read: list[Tensor] = []
+    couplings: list[tuple[Tensor, ...]] = []
+    for keep, number in reversed([*zip(kept, range(0, len(weights), 6), strict=True)]):
+        weight1, bias1, weight2, bias2, weight3, bias3 = weights[number : number + 6]
+        read.append(torch.cat((weight1[:, dim:], bias1[:, None]), 1))
+        changed = ~keep.repeat(2)
+        own = weight1[:, :dim].T * keep[:, None], weight2.T, bias2, weight3.T * changed, bias3 * changed
+        couplings.append(own)
+    both = torch.cat(read)
+    return _DrawingPlan((both[:, :-1], both[:, -1]), couplings)
 
 
 def _uncouple(x: Tensor, kept: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`_couple` made ``x`` of, and the logarithm (N,) of how much a small volume grows on the way back."""
+    """What a coupling made ``x`` of, and the logarithm (N,) of how much a small volume grows on the way back."""
     return torch.where(kept, x, (x - mean) * (-log_scale).exp()), -log_scale.masked_fill(kept, 0).sum(1)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,58 @@ def normalised(layer: LayerT, spectral: bool) -> LayerT:
     if spectral:
         spectral_norm(layer)
     return layer
+
+
+MadeT = TypeVar("MadeT")
+
+
+class Derived(Generic[MadeT]):
+    """What a layer makes of its weights before it uses them; made once for many calls, as long as they stay the same.
+
+    Remembered on a CPU, without gradients: there making it takes a good part of the time that one picture takes.
+    However a weight is changed, what is handed out is up to date: the weights are compared with a copy at every call,
+    but only at the first one inside a block of :func:`steady_weights`.
+
+    Args:
+        make: takes the weights.
+    """
+
+    def __init__(self, make: Callable[..., MadeT]) -> None:
+        self._make = make
+        self._known: tuple[tuple[Tensor, ...], MadeT] | None = None
+        self._steady = False
+        self._looked = False
+
+    def __call__(self, *weights: Tensor) -> MadeT:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or weights[0].device.type != "cpu":
+            return self._make(*weights)
+        known = self._known
+        if known is None or not (self._looked or all(map(_same, known[0], weights))):
+            copies = tuple(weight.detach().clone() for weight in weights)
+            self._known = known = copies, self._make(*(weight.detach() for weight in weights))
+        self._looked = self._steady
+        return known[1]
+
+    def hold(self, steady: bool) -> None:
+        """See :func:`steady_weights`."""
+        self._steady, self._looked = steady, False
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+@contextmanager
+def steady_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block no weight changes: every :class:`Derived` of a module looks once."""
+    made = [value for module in modules for value in vars(module).values() if isinstance(value, Derived)]
+    for derived in made:
+        derived.hold(True)
+    try:
+        yield
+    finally:
+        for derived in made:
+            derived.hold(False)
 
 
 class ConditionalBatchNorm2d(nn.Module):
@@ -64,6 +117,7 @@ class ConditionalBatchNorm2d(nn.Module):
         self.fc = nn.Linear(condition_dim, 2 * num_features)
         nn.init.zeros_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
+        self._folded = Derived(partial(_folded, eps=self.bn.eps))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         if condition.shape != (x.shape[0], self.fc.in_features):
@@ -71,17 +125,28 @@ class ConditionalBatchNorm2d(nn.Module):
                 f"condition must be (N, {self.fc.in_features}) for x of shape {tuple(x.shape)}, "
                 f"got {tuple(condition.shape)}"
             )
-        scale, shift = self.fc(condition)[:, :, None, None].chunk(2, dim=1)  # (N, C, 1, 1) each
         mean, variance = self.bn.running_mean, self.bn.running_var
         if self.bn.training or mean is None or variance is None:
+            scale, shift = self.fc(condition)[:, :, None, None].chunk(2, dim=1)  # (N, C, 1, 1) each
             return torch.addcmul(shift, self.bn(x), 1 + scale)
-        inverse = torch.rsqrt(variance + self.bn.eps)[:, None, None]
-        scale = torch.addcmul(inverse, scale, inverse)
-        shift = torch.addcmul(shift, mean[:, None, None], scale, value=-1)  # both norms are one scale and one shift
-        return torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
+        affine = F.linear(condition, *self._folded(self.fc.weight, self.fc.bias, mean, variance))
+        scale, shift = affine.to(x.dtype)[:, :, None, None].chunk(2, dim=1)
+        return torch.addcmul(shift, x, scale)
 
     def extra_repr(self) -> str:
         return f"{self.bn.num_features}, condition_dim={self.fc.in_features}"
+
+
+def _folded(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The linear map that predicts one scale and shift for both norms: of (x - mean) / std * (1 + scale) + shift.
+
+    ``weight`` (2C, D) and ``bias`` (2C,) are those of the conditional norm.
+    """
+    inverse = torch.rsqrt(variance + eps)
+    (scale, shift), (scale_bias, shift_bias) = weight.chunk(2), bias.chunk(2)
+    scale, scale_bias = inverse[:, None] * scale, inverse * (1 + scale_bias)
+    shift, shift_bias = shift - mean[:, None] * scale, shift_bias - mean * scale_bias
+    return torch.cat((scale, shift)), torch.cat((scale_bias, shift_bias))
 
 
 def enlarging_weight(weight: Tensor) -> Tensor:
@@ -162,8 +227,7 @@ class GenBlock(nn.Module):
         self.c0 = nn.Conv2d(in_channels, out_channels, 1)
         self.c1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.c2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self._known: tuple[Tensor, Tensor] | None = None  # a weight of c1 and what came of it
-        self._steady: Tensor | None = None  # what came of it, inside a block of steady_weights
+        self._enlarging_weight = Derived(enlarging_weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shortcut = F.interpolate(self.c0(x), scale_factor=2, mode="nearest")
@@ -171,43 +235,9 @@ class GenBlock(nn.Module):
         if torch.is_grad_enabled() and _pixels(x) < ENLARGED_PIXELS:
             x = self.c1(F.interpolate(x, scale_factor=2, mode="nearest"))  # (N, out_channels, 2H, 2W)
         else:
-            x = F.conv_transpose2d(x, self._enlarging_weight(), self.c1.bias, stride=2, padding=1)
+            x = F.conv_transpose2d(x, self._enlarging_weight(self.c1.weight), self.c1.bias, stride=2, padding=1)
         x = self.c2(F.leaky_relu(self.cbn2(x, condition), NEGATIVE_SLOPE))
         return x + shortcut
-
-    def _enlarging_weight(self) -> Tensor:
-        """Of ``c1``; remembered on a CPU, where making it takes a good part of the time that one picture takes."""
-        weight = self.c1.weight
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return enlarging_weight(weight)
-        if self._steady is not None:
-            return self._steady
-        if weight.device.type != "cpu":
-            return enlarging_weight(weight)
-        known = self._known
-        if known is None or known[0].dtype != weight.dtype or not torch.equal(known[0], weight):
-            made = enlarging_weight(weight.detach()).contiguous(memory_format=torch.channels_last)
-            self._known = known = weight.detach().clone(), made
-        return known[1]
-
-    def hold(self, steady: bool) -> None:
-        """See :func:`steady_weights`."""
-        self._steady = None
-        if steady:
-            self._steady = self._enlarging_weight()
-
-
-@contextmanager
-def steady_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block no weight changes: every :class:`GenBlock` looks once, at the start, which it has."""
-    blocks = [module for module in modules if isinstance(module, GenBlock)]
-    for block in blocks:
-        block.hold(True)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block.hold(False)
 
 
 class DisBlock(nn.Module):

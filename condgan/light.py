@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from condgan.layers import Derived
 
 SQUARES = 8
 """The picture is looked at as so many rows and columns of mean colours."""
@@ -15,6 +19,34 @@ FAR = 4.0
 NOISE_VARIANCE = (1 / 127.5) ** 2
 """Of a square's colour around what the light says (1 grey level squared): soft shadows, mostly."""
 ROUNDS = 3
+
+
+class _Equations(NamedTuple):
+    """Least squares on some of P squares, of K components; float32."""
+
+    basis: Tensor
+    """(K, 3 P): the components."""
+    products: Tensor
+    """(P, K * K): of every two components, in each square."""
+    ridge: Tensor
+    """(K, K): what their sums over squares get added."""
+    usual: Tensor
+    """(3, P): variance of each colour."""
+
+    @classmethod
+    def of(cls, components: Tensor) -> _Equations:
+        """Of components (K, 3, h, w)."""
+        components = components.float().flatten(2)
+        products = (components[:, None] * components).sum(2).flatten(0, 1).T
+        ridge = NOISE_VARIANCE * torch.eye(len(components), device=components.device)
+        return cls(components.flatten(1), products, ridge, components.square().sum(0))
+
+    def solve(self, squares: Tensor, free: Tensor) -> Tensor:
+        """How much of each component (N, K) squares (N, 3, P) have, from those that are ``free`` (N, P)."""
+        weight = free.float()
+        normal = (weight @ self.products).view(-1, *self.ridge.shape) + self.ridge
+        seen = (weight[:, None] * squares).flatten(1) @ self.basis.T
+        return torch.linalg.solve_ex(normal, seen[:, :, None]).result[:, :, 0]  # always well conditioned
 
 
 class SceneLight(nn.Module):
@@ -44,22 +76,18 @@ class SceneLight(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(3, SQUARES, SQUARES))
         self.register_buffer("components", torch.zeros(num_inputs, 3, SQUARES, SQUARES))
+        self._equations = Derived(_Equations.of)
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):
             squares = (F.adaptive_avg_pool2d(image.float(), SQUARES) - self.mean.float()).flatten(2)  # (N, 3, P)
-            components = self.components.float().flatten(2)  # (K, 3, P)
-            identity = torch.eye(len(components), device=image.device)
-            products = (components[:, None] * components).sum(2).flatten(0, 1).T  # (P, K * K)
-            free = (squares.square() < FAR**2 * components.square().sum(0)).all(1)  # (N, P)
-            for _ in range(ROUNDS):
-                weight = free.float()
-                normal = (weight @ products).unflatten(1, identity.shape) + NOISE_VARIANCE * identity
-                seen = (weight[:, None] * squares).flatten(1) @ components.flatten(1).T  # (N, K)
-                light = torch.linalg.solve_ex(normal, seen[:, :, None]).result[:, :, 0]  # always well conditioned
-                lit = (light @ components.flatten(1)).view_as(squares)
-                free = ((squares - lit).abs() < TOLERANCE).all(1)
+            equations = self._equations(self.components)
+            free = (squares.square() < FAR**2 * equations.usual).all(1)  # (N, P)
+            light = equations.solve(squares, free)
+            for _ in range(ROUNDS - 1):
+                unexplained = squares - (light @ equations.basis).view_as(squares)
+                light = equations.solve(squares, (unexplained.abs() < TOLERANCE).all(1))
         return light
 
     @torch.no_grad()

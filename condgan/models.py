@@ -303,13 +303,25 @@ class PlaceModel(nn.Module):
         self.prior = nn.Parameter(torch.zeros(image_size // self.cell, image_size // self.cell))
 
     def forward(self, image: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self._read(image, condition)
+        log_a, log_b = self._log_shapes(x)
+        return self._logits(x), log_a, log_b
+
+    def _read(self, image: Tensor, condition: Tensor) -> Tensor:
+        """Features (N, channels, H / 2, W / 2) of every cell."""
         fine = F.relu(self.conv1(image))  # (N, channels, H/2, W/2)
         coarse = F.relu(self.conv2(fine))  # (N, channels, H/4, W/4)
         coarse = coarse + F.relu(self.conv3(coarse) + self.condition(condition)[:, :, None, None])
         x = torch.cat((fine, F.interpolate(coarse, scale_factor=2, mode="nearest")), 1)
-        x = F.relu(self.conv4(x))  # (N, channels, H/2, W/2)
+        return F.relu(self.conv4(x))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.conv5(x)[:, 0] + self.prior
+
+    def _log_shapes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log a and log b, (N, 2, h, w) each, of cells with features (N, channels, h, w)."""
         log_a, log_b = self.point(x).clamp(-1, 6).chunk(2, 1)
-        return self.conv5(x)[:, 0] + self.prior, log_a, log_b
+        return log_a, log_b
 
     def loss(self, image: Tensor, condition: Tensor, place: Tensor) -> Tensor:
         """Negative log-likelihood (N,) in nats of true places (N, 2), in pixels, against uniform ones in a cell."""
@@ -326,18 +338,21 @@ class PlaceModel(nn.Module):
     def sample(self, image: Tensor, condition: Tensor, uniform: Tensor) -> Tensor:
         """Places (N, 2) in pixels, from (N, 3) uniform numbers in [0, 1): one for the cell, two for the point."""
         _check_shape("uniform", uniform, len(image), 3)
-        logits, log_a, log_b = self(image, condition)
+        x = self._read(image, condition)
+        logits = self._logits(x)
         total = logits.flatten(1).double().softmax(1).cumsum(1)
         cell = torch.searchsorted(total, uniform[:, :1].double() * total[:, -1:], right=True)
         cell = cell.clamp(max=total.shape[1] - 1)
         corner = torch.cat((cell % logits.shape[-1], cell // logits.shape[-1]), 1)
-        a, b = (self._of_cell(log, cell[:, 0]).float().exp() for log in (log_a, log_b))
+        a, b = (
+            log[:, :, 0, 0].float().exp() for log in self._log_shapes(self._of_cell(x, cell[:, 0])[:, :, None, None])
+        )
         point = (1 - (1 - uniform[:, 1:]) ** (1 / b)) ** (1 / a)  # the inverse of the distribution function
         return ((corner + point) * self.cell).clamp(max=image.shape[-1] - 1)
 
     @staticmethod
     def _of_cell(x: Tensor, cell: Tensor) -> Tensor:
-        """(N, 2, h, w) and numbers of cells (N,) to (N, 2)."""
+        """(N, C, h, w) and numbers of cells (N,) to (N, C)."""
         return x.flatten(2)[torch.arange(len(cell), device=cell.device), :, cell]
 
 
@@ -509,9 +524,10 @@ class IterativeGenerator(PretrainedModel):
         drawn = self._draw(code, condition, view.images[0], known, light)
         if self.correction is not None:
             offset = self.correction(condition, light)
-            if view.corners is not None:
+            if offset is not None and view.corners is not None:
                 offset = crop(offset, view.corners, drawn.shape[-1])
-            drawn = (drawn + offset.to(drawn.dtype)).clamp(-1, 1)
+            if offset is not None:
+                drawn = (drawn + offset.to(drawn.dtype)).clamp(-1, 1)
         return drawn if view.corners is None else paste(prev_image, drawn, view.corners)
 
     def _check_turn(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None) -> None:

@@ -20,7 +20,7 @@ def filled(num_objects: int = 3, condition_dim: int = 4) -> FirstTurnCorrection:
 
 
 def test_a_fresh_correction_adds_nothing() -> None:
-    assert torch.equal(FirstTurnCorrection(3, 4, 8)(torch.randn(2, 4)), torch.zeros(2, 3, 8, 8))
+    assert FirstTurnCorrection(3, 4, 8)(torch.randn(2, 4)) is None
 
 
 def test_each_object_gets_its_own_offset_whatever_the_length_of_the_condition() -> None:
@@ -31,7 +31,7 @@ def test_each_object_gets_its_own_offset_whatever_the_length_of_the_condition() 
 def test_light_adds_its_slopes_in_the_middle() -> None:
     correction = FirstTurnCorrection(3, 4, 8, light_inputs=2, slope_size=4)
     light = torch.tensor([[0.5, -2.0]]).expand(3, 2)
-    assert not correction(torch.eye(3, 4), light).any(), "a fresh one adds nothing"
+    assert correction(torch.eye(3, 4), light) is None, "a fresh one adds nothing"
     coefficients = torch.randn(3, 3, 3, 8, 8)
     correction.conditions.copy_(torch.eye(3, 4))
     correction.add_(coefficients)
@@ -46,10 +46,15 @@ def test_light_adds_its_slopes_in_the_middle() -> None:
 def test_conditions_unlike_those_of_first_turns_get_nothing() -> None:
     correction = filled()
     angle = torch.acos(torch.tensor(LEAST_LIKENESS))
-    for share, factor in ((0.5, 1 - (1 - torch.cos(angle / 2)) / (1 - LEAST_LIKENESS)), (1.01, 0.0)):
-        near = torch.zeros(1, 4)
-        near[0, 0], near[0, 3] = torch.cos(share * angle), torch.sin(share * angle)
-        torch.testing.assert_close(correction(near), factor * correction.offsets[:1])
+    near, far = torch.zeros(2, 4)
+    near[0], near[3] = torch.cos(angle / 2), torch.sin(angle / 2)
+    far[0], far[3] = torch.cos(1.01 * angle), torch.sin(1.01 * angle)
+    factor = 1 - (1 - torch.cos(angle / 2)) / (1 - LEAST_LIKENESS)
+    both = correction(torch.stack((near, far)))
+    assert both is not None
+    torch.testing.assert_close(both[0], factor * correction.offsets[0])
+    assert not both[1].any()
+    assert correction(far[None]) is None
 
 
 def test_no_gradient_reaches_the_condition_and_no_optimizer_the_offsets() -> None:

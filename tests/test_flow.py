@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import randomise
 from torch import Tensor
 
 from condgan.flow import ConditionalFlow, ContinuousFlow
@@ -202,3 +203,15 @@ def test_a_conditional_flow_learns_what_follows_from_the_context() -> None:
     assert (drawn.norm(dim=1) - 1.4).abs().median() < 0.2, "on the circle, where normal numbers hardly are"
     wanted = torch.cat((torch.cos(2 * context), torch.sin(2 * context)), 1)
     assert F.cosine_similarity(drawn, wanted).median() > 0.95
+
+
+def test_a_conditional_flow_draws_by_the_map_that_its_density_is_of_also_when_weights_change() -> None:
+    flow = randomise(ConditionalFlow(3, 2, hidden_dim=4, couplings=4)).double()
+    noise, context = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    for weight in flow.parameters():
+        jacobian = torch.autograd.functional.jacobian(lambda z: flow(z, context).sum(0), noise).permute(1, 0, 2)
+        with torch.no_grad():
+            drawn = flow(noise, context)
+            expected = normal_log_prob(noise) - torch.linalg.slogdet(jacobian).logabsdet
+            torch.testing.assert_close(flow.log_prob(drawn, context), expected)
+            weight.data[0] += 0.5

@@ -221,6 +221,18 @@ def test_a_block_draws_with_the_weights_that_it_has_however_they_were_changed() 
         torch.testing.assert_close(fine, reference.gen_block(block, x.double(), condition.double()), rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("name", ["fc.weight", "fc.bias", "bn.running_mean", "bn.running_var"])
+def test_a_conditional_norm_normalises_with_what_it_has_however_it_was_changed(name: str) -> None:
+    norm, (x, condition) = make("cbn")
+    with torch.no_grad():
+        before = norm(x, condition)
+        tensor = dict([*norm.named_parameters(), *norm.named_buffers()])[name]
+        tensor.data[0] += 1
+        after = norm(x, condition)
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, reference.conditional_batch_norm(norm, x, condition))
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_in_a_block_of_steady_weights_they_are_looked_at_once(fails: bool) -> None:
     block, (x, condition) = make("gen")
