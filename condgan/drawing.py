@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condgan.canvas import Canvas
+from condgan.derived import steady_weights
 from condgan.functional import ConditionEncoder, encode_objects, evaluating, roll_conditions
 from condgan.images import from_uint8, to_uint8
-from condgan.layers import steady_weights
 from condgan.requests import MAX_SEED, AskedModel, Place, parse_request, parse_seed, parse_whole
 from condgan.results import Drawing, Turn, exact_probability, target_objects
 

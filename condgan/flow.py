@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
-from condgan.layers import Derived
+from condgan.derived import Derived
 
 MAX_LOG_SCALE = 3.0
 """Each coupling of :class:`ConditionalFlow` stretches a number by at most exp(3)."""

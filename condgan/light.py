@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condgan.layers import Derived
+from condgan.derived import Derived
 
 SQUARES = 8
 """The picture is looked at as so many rows and columns of mean colours."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from scenes import write_iclevr_layout
 from tiny import COMPACT, REFERENCE, lively_generator
 
 from condgan import IterativeGenerator
 from condgan.prepare import prepare
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

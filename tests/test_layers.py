@@ -13,6 +13,7 @@ from reference import randomise
 from torch import Tensor, nn
 
 from condgan import layers
+from condgan.derived import steady_weights
 from condgan.layers import (
     ConditionalBatchNorm2d,
     ConditionProjector,
@@ -20,7 +21,6 @@ from condgan.layers import (
     GenBlock,
     enlarging_weight,
     halving_weight,
-    steady_weights,
 )
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
