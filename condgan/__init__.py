@@ -1,16 +1,10 @@
 """Draw i-CLEVR scenes one object at a time: small generators with pretrained weights inside the package."""
 
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
+from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.counter import ObjectCounter, ObjectCounterConfig
 from condgan.hub import CheckpointError, list_pretrained
-from condgan.models import (
-    DiffDiscriminator,
-    DiscriminatorConfig,
-    GeneratorConfig,
-    IterativeGenerator,
-    NoiseEncoder,
-    NoiseEncoderConfig,
-)
+from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.results import Drawing, Turn
 from condgan.vocab import Vocabulary
 

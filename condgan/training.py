@@ -12,17 +12,11 @@ from torch import Tensor, nn
 
 from condgan import images as pictures
 from condgan.calibration import code_turns, correct_first_turns, fit_mapping, read_alone, recalibrate, with_noise
+from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.datasets import SceneDataset
 from condgan.functional import changed_region, place_of_change, roll_conditions, rollout
 from condgan.losses import OBJECTIVES
-from condgan.models import (
-    DiffDiscriminator,
-    DiscriminatorConfig,
-    GeneratorConfig,
-    IterativeGenerator,
-    NoiseEncoder,
-    NoiseEncoderConfig,
-)
+from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.precision import autocast
 from condgan.ranks import ALONE, Ranks, share_statistics
 

@@ -15,15 +15,8 @@ from torch import Tensor, nn
 
 from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
 from condgan.light import SceneLight
-from condgan.models import (
-    ConditionRNN,
-    DiffDiscriminator,
-    IterativeGenerator,
-    NoiseEncoder,
-    NoiseMapping,
-    PlaceModel,
-    PreviousImageEncoder,
-)
+from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
+from condgan.parts import ConditionRNN, NoiseMapping, PlaceModel, PreviousImageEncoder
 
 
 @torch.no_grad()

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from condgan import IterativeGenerator
 from condgan.calibration import CodedTurns, code_turns, correct_first_turns, fit_mapping, recalibrate
+from condgan.configs import NoiseEncoderConfig
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
 from condgan.images import to_uint8
-from condgan.models import NoiseEncoder, NoiseEncoderConfig
+from condgan.models import NoiseEncoder
 
 
 def test_recalibrated_statistics_are_those_of_own_scenes(data: Path) -> None:

@@ -21,15 +21,9 @@ import condgan
 from condgan import cli, evaluation, hub, results, runs
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.cli import main
+from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.counter import ObjectCounter, ObjectCounterConfig
-from condgan.models import (
-    DiffDiscriminator,
-    DiscriminatorConfig,
-    GeneratorConfig,
-    IterativeGenerator,
-    NoiseEncoder,
-    NoiseEncoderConfig,
-)
+from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.training import PRESETS, TrainConfig, TrainingDiverged
 
 COMMANDS = ("generate", "add", "info", "list", "prepare", "train", "evaluate")

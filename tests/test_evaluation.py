@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from condgan import layout, scenes
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
+from condgan.configs import GeneratorConfig
 from condgan.counter import ObjectCounter, ObjectCounterConfig
 from condgan.datasets import scene_split
 from condgan.drawing import Best, Turns
 from condgan.evaluation import evaluate
 from condgan.images import to_uint8
-from condgan.models import GeneratorConfig, IterativeGenerator
+from condgan.models import IterativeGenerator
 from condgan.report import MEASURES, EvaluationReport
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
 

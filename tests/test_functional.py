@@ -12,6 +12,7 @@ import torch
 from reference import randomise
 from torch import Tensor, nn
 
+from condgan.configs import GeneratorConfig
 from condgan.functional import (
     CHANGE_THRESHOLD,
     changed_region,
@@ -26,7 +27,8 @@ from condgan.functional import (
     rollout,
     window_corners,
 )
-from condgan.models import ConditionRNN, GeneratorConfig, IterativeGenerator
+from condgan.models import IterativeGenerator
+from condgan.parts import ConditionRNN
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
 
 SCENES = [{0}, {5}, {7}], [{2}, {23}], [{9}]  # ids of every turn of three scenes

@@ -17,20 +17,11 @@ from reference import randomise
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.functional import encode_objects, window_corners
 from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
-from condgan.models import (
-    ConditionRNN,
-    DiffDiscriminator,
-    DiscriminatorConfig,
-    GeneratorConfig,
-    IterativeGenerator,
-    NoiseEncoder,
-    NoiseEncoderConfig,
-    NoiseMapping,
-    PlaceModel,
-    PreviousImageEncoder,
-)
+from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
+from condgan.parts import ConditionRNN, NoiseMapping, PlaceModel, PreviousImageEncoder
 
 GENERATORS = [
     GeneratorConfig(width=4),

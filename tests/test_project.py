@@ -27,11 +27,11 @@ PACKAGE = ROOT / "condgan"
 # Imports go one way: a module uses only modules of the groups above its own.
 GROUPS = (
     ("vocab", "derived", "losses", "hub", "images", "ranks", "correction", "precision"),
-    ("layers", "flow", "light"),
+    ("layers", "flow", "light", "configs"),
     ("functional", "requests"),
     ("canvas", "classifier", "counter"),
     ("results",),
-    ("drawing",),
+    ("drawing", "parts"),
     ("models",),
     ("datasets", "metrics", "layout", "shards", "calibration"),
     ("scenes", "report", "features"),

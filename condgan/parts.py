@@ -1,0 +1,265 @@
+"""Parts of the networks beside their blocks: what they look at, what they read, what is left to chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
+from condgan.flow import ConditionalFlow
+from condgan.functional import crop, local_mean, place_map, window_corners
+
+MAX_WIDTH_FACTOR = 16
+"""No feature map is wider than this many times ``width``."""
+
+
+def widths_of(count: int, width: int) -> list[int]:
+    """``count`` channel numbers: width, 2 width, 4 width, ... up to the widest allowed."""
+    return [width * min(2**i, MAX_WIDTH_FACTOR) for i in range(count)]
+
+
+def check_shape(name: str, tensor: Tensor, *shape: int) -> None:
+    """Raise ValueError unless the argument of this name has this shape."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+
+
+def check_place(places: bool, place: Tensor | None, n: int) -> None:
+    """Raise ValueError unless a model that knows ``places``, or does not, is given such for N pictures."""
+    if places and (place is None or place.shape != (n, 2)):
+        raise ValueError(f"place must be ({n}, 2) pixels (x, y), got {None if place is None else tuple(place.shape)}")
+    if not places and place is not None:
+        raise ValueError("place was given, but this model does not know places (its config has places=False)")
+
+
+def coarsest(size: int) -> int:
+    """What is left of a side of ``size`` pixels after halving it to 7 or less, if it can be: 4 of 64, 5 of 40."""
+    while size > 7 and size % 2 == 0:
+        size //= 2
+    return size
+
+
+class View(NamedTuple):
+    """The part of N pictures that a turn is about: all of each, or a window around its place."""
+
+    images: list[Tensor]
+    """(N, 3, h, w) each."""
+    details: list[Tensor]
+    """In a window what is fine in each picture, (N, 3, h, w): ten times its distance to its 3x3 mean. Grain is less
+    than a grey level and would drown beside the objects. Empty where the view is the whole picture."""
+    maps: list[Tensor]
+    """The place as a blob, (N, 1, h, w), for models that know places; in a window also the coordinates in the whole
+    picture from -1 to 1, (N, 2, h, w) (Liu et al. 2018, arXiv:1807.03247)."""
+    corners: Tensor | None
+    """(N, 2) upper left pixels of the windows, None where the view is the whole picture."""
+
+    @staticmethod
+    def channels(config: GeneratorConfig | DiscriminatorConfig | NoiseEncoderConfig) -> tuple[int, int]:
+        """Channels of a picture's detail, and of all maps."""
+        return 0 if config.window is None else 3, 0 if not config.places else 1 if config.window is None else 3
+
+
+def look(images: Sequence[Tensor], place: Tensor | None, window: int | None) -> View:
+    """What a turn sees of its pictures, (N, 3, H, W) each, at its places (N, 2)."""
+    if place is None:
+        return View([*images], [], [], None)
+    size = images[0].shape[-1]
+    if window is None:
+        return View([*images], [], [place_map(place, size)], None)
+    corners = window_corners(place, size, window)
+    inside = corners[:, :, None] + torch.arange(window, device=place.device)  # (N, 2, window) pixels (x, y)
+    x, y = (inside * (2 / (size - 1)) - 1).unbind(1)
+    coordinates = torch.stack((x[:, None, :].expand(-1, window, -1), y[:, :, None].expand(-1, -1, window)), 1)
+    crops = [crop(image, corners, window) for image in images]
+    details = [10 * (image - local_mean(image, 3)) for image in crops]
+    return View(crops, details, [place_map(place - corners, window), coordinates], corners)
+
+
+class ConditionRNN(nn.Module):
+    """Reads the condition sequence one turn at a time.
+
+    Embedding of the turn's objects (their sum, so their order does not matter), GRU cell, layer norm on the output.
+
+    Shape:
+        objects: (N, K) multi-hot.
+        hidden: (N, D), or None at the start.
+        output: condition (N, D) and the next hidden (N, D).
+
+    Raises:
+        ValueError: ``objects`` or ``hidden`` does not have the shape above.
+
+    Example:
+        >>> condition, hidden = ConditionRNN(24, 256)(torch.eye(24)[:2])
+        >>> condition.shape, hidden.shape
+        (torch.Size([2, 256]), torch.Size([2, 256]))
+    """
+
+    def __init__(self, num_objects: int, condition_dim: int) -> None:
+        super().__init__()
+        self.num_objects = num_objects
+        self.embedding = nn.Embedding(num_objects, condition_dim)
+        self.gru = nn.GRUCell(condition_dim, condition_dim)
+        self.norm = nn.LayerNorm(condition_dim)
+
+    def forward(self, objects: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if objects.ndim != 2 or objects.shape[1] != self.num_objects:
+            raise ValueError(f"objects must be (N, {self.num_objects}), got {tuple(objects.shape)}")
+        if hidden is not None:
+            check_shape("hidden", hidden, len(objects), self.gru.hidden_size)
+        hidden = self.gru(objects.to(self.embedding.weight.dtype) @ self.embedding.weight, hidden)
+        return self.norm(hidden), hidden
+
+
+class PreviousImageEncoder(nn.Module):
+    """Features of the picture so far: 4x4 convolutions of stride 2, each with batch norm and ReLU.
+
+    Shape:
+        image: (N, in_channels, H, W).
+        output: list of feature maps, one for each entry of ``channels``, each at half the resolution of the one before.
+    """
+
+    def __init__(self, in_channels: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        sizes = [in_channels, *channels]
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1, bias=False) for i, o in pairwise(sizes))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in channels)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        features = []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            image = F.relu(norm(conv(image)))
+            features.append(image)
+        return features
+
+
+class PlaceModel(nn.Module):
+    """Where a new object may stand: a mixture over cells of 2x2 pixels, given the picture and the condition.
+
+    Every cell has a probability, and x and y in the cell have Kumaraswamy distributions, from uniform (a fresh model)
+    to a peak: in i-CLEVR a first object's place is known to a fraction of a pixel, a later one's hardly at all.
+
+    Shape:
+        image: (N, 3, H, W) in [-1, 1].
+        condition: (N, D).
+        output: logits (N, H / 2, W / 2), one softmax over all cells; and log a and log b, (N, 2, H / 2, W / 2) each, of
+            the distributions of x and y in each cell, which goes from 0 to 1.
+
+    Source: mixture density networks, Bishop 1994; Kumaraswamy 1980, "A generalized probability density function for
+    double-bounded random processes".
+    """
+
+    cell = 2
+    """Side of a cell in pixels."""
+
+    def __init__(self, image_size: int, condition_dim: int, channels: int = 32) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, channels, 4, 2, 1)
+        self.conv2 = nn.Conv2d(channels, channels, 4, 2, 1)
+        self.conv3 = nn.Conv2d(channels, channels, 3, padding=2, dilation=2)
+        self.condition = nn.Linear(condition_dim, channels)
+        self.conv4 = nn.Conv2d(2 * channels, channels, 3, padding=1)
+        self.conv5 = nn.Conv2d(channels, 1, 1)
+        self.point = nn.Conv2d(channels, 4, 1)
+        for parameter in self.point.parameters():
+            nn.init.zeros_(parameter)
+        self.prior = nn.Parameter(torch.zeros(image_size // self.cell, image_size // self.cell))
+
+    def forward(self, image: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self._read(image, condition)
+        log_a, log_b = self._log_shapes(x)
+        return self._logits(x), log_a, log_b
+
+    def _read(self, image: Tensor, condition: Tensor) -> Tensor:
+        """Features (N, channels, H / 2, W / 2) of every cell."""
+        fine = F.relu(self.conv1(image))  # (N, channels, H/2, W/2)
+        coarse = F.relu(self.conv2(fine))  # (N, channels, H/4, W/4)
+        coarse = coarse + F.relu(self.conv3(coarse) + self.condition(condition)[:, :, None, None])
+        x = torch.cat((fine, F.interpolate(coarse, scale_factor=2, mode="nearest")), 1)
+        return F.relu(self.conv4(x))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.conv5(x)[:, 0] + self.prior
+
+    def _log_shapes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log a and log b, (N, 2, h, w) each, of cells with features (N, channels, h, w)."""
+        log_a, log_b = self.point(x).clamp(-1, 6).chunk(2, 1)
+        return log_a, log_b
+
+    def loss(self, image: Tensor, condition: Tensor, place: Tensor) -> Tensor:
+        """Negative log-likelihood (N,) in nats of true places (N, 2), in pixels, against uniform ones in a cell."""
+        check_shape("place", place, len(image), 2)
+        logits, log_a, log_b = self(image, condition)
+        corner = (place / self.cell).long().clamp(0, logits.shape[-1] - 1)  # (N, 2)
+        cell = corner[:, 1] * logits.shape[-1] + corner[:, 0]
+        log_a, log_b = self._of_cell(log_a, cell), self._of_cell(log_b, cell)
+        point = (place / self.cell - corner).clamp(1e-3, 1 - 1e-3)  # (N, 2)
+        a, b = log_a.exp(), log_b.exp()
+        density = log_a + log_b + (a - 1) * point.log() + (b - 1) * torch.log1p(-(point**a))
+        return F.cross_entropy(logits.flatten(1), cell, reduction="none") - density.sum(1)
+
+    def sample(self, image: Tensor, condition: Tensor, uniform: Tensor) -> Tensor:
+        """Places (N, 2) in pixels, from (N, 3) uniform numbers in [0, 1): one for the cell, two for the point."""
+        check_shape("uniform", uniform, len(image), 3)
+        x = self._read(image, condition)
+        logits = self._logits(x)
+        total = logits.flatten(1).double().softmax(1).cumsum(1)
+        cell = torch.searchsorted(total, uniform[:, :1].double() * total[:, -1:], right=True)
+        cell = cell.clamp(max=total.shape[1] - 1)
+        corner = torch.cat((cell % logits.shape[-1], cell // logits.shape[-1]), 1)
+        a, b = (
+            log[:, :, 0, 0].float().exp() for log in self._log_shapes(self._of_cell(x, cell[:, 0])[:, :, None, None])
+        )
+        point = (1 - (1 - uniform[:, 1:]) ** (1 / b)) ** (1 / a)  # the inverse of the distribution function
+        return ((corner + point) * self.cell).clamp(max=image.shape[-1] - 1)
+
+    @staticmethod
+    def _of_cell(x: Tensor, cell: Tensor) -> Tensor:
+        """(N, C, h, w) and numbers of cells (N,) to (N, C)."""
+        return x.flatten(2)[torch.arange(len(cell), device=cell.device), :, cell]
+
+
+class NoiseMapping(nn.Module):
+    """Maps noise to a code that suits the object and its place: a cube's code says how it is turned, for example.
+
+    Real turns use a small part of all codes, another one for every object and place, and a generator is good only
+    there. The mapping learns the distribution of the codes that a :class:`NoiseEncoder` finds in real turns.
+
+    Shape:
+        z: (N, z_dim), standard normal.
+        condition: (N, D).
+        place: (N, 2) pixels (x, y), for models that know places; else None.
+        light: (N, light_inputs), for models that know the light; else None.
+        output: code (N, z_dim), about of mean 0 and variance 1 over all turns.
+
+    Source: the mapping network of Karras et al. 2019 (StyleGAN), arXiv:1812.04948, here a normalizing flow
+    (:class:`condgan.flow.ConditionalFlow`), so that it can be fitted to codes that were found.
+    """
+
+    context_dim = 32
+    """What is left of the condition: mostly which object it is."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.scale = 2 / (config.image_size - 1)
+        self.context = nn.Linear(config.condition_dim, self.context_dim)
+        self.flow = ConditionalFlow(config.z_dim, self.context_dim + 2 * config.places + config.light_inputs)
+
+    def forward(self, z: Tensor, condition: Tensor, place: Tensor | None = None, light: Tensor | None = None) -> Tensor:
+        return self.flow(z, self._read(condition, place, light))
+
+    def loss(self, code: Tensor, condition: Tensor, place: Tensor | None = None, light: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood (N,) in nats of codes (N, z_dim)."""
+        return -self.flow.log_prob(code, self._read(condition, place, light))
+
+    def _read(self, condition: Tensor, place: Tensor | None, light: Tensor | None) -> Tensor:
+        context = [self.context(condition)]
+        if place is not None:
+            context.append(place * self.scale - 1)
+        if light is not None:
+            context.append(light)
+        return torch.cat([x.to(context[0].dtype) for x in context], 1)
