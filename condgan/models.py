@@ -167,12 +167,11 @@ class IterativeGenerator(PretrainedModel):
         known = torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype)
         known = known.contiguous(memory_format=torch.channels_last)  # convolutions are much faster so
         drawn = self._draw(code, condition, view.images[0], known, light)
-        if self.correction is not None:
-            offset = self.correction(condition, light)
-            if offset is not None and view.corners is not None:
+        offset = None if self.correction is None else self.correction(condition, light)
+        if offset is not None:
+            if view.corners is not None:
                 offset = crop(offset, view.corners, drawn.shape[-1])
-            if offset is not None:
-                drawn = (drawn + offset.to(drawn.dtype)).clamp(-1, 1)
+            drawn = (drawn + offset.to(drawn.dtype)).clamp(-1, 1)
         return drawn if view.corners is None else paste(prev_image, drawn, view.corners)
 
     def _check_turn(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None) -> None:
