@@ -7,6 +7,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,18 @@ from scenes import write_iclevr_layout
 from tiny import COMPACT, lively_generator
 from torch import Tensor
 
-from condgan import GeneratorConfig, IterativeGenerator, NoiseEncoder, NoiseEncoderConfig, SceneClassifier, training
+from condgan import (
+    GeneratorConfig,
+    IterativeGenerator,
+    NoiseEncoder,
+    NoiseEncoderConfig,
+    SceneClassifier,
+    evaluation,
+    training,
+)
 from condgan.datasets import SceneDataset
 from condgan.prepare import prepare
+from condgan.report import EvaluationReport
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -157,6 +167,15 @@ def test_held_out_pairs_are_not_trained_on_but_asked_for(
 def test_ablations_trains_and_measures_each_row_once(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    corrected = []
+    evaluate = evaluation.evaluate
+
+    def watched(model: IterativeGenerator, *args: Any, **kwargs: Any) -> EvaluationReport:
+        assert model.correction is not None
+        corrected.append(bool(model.correction.offsets.any()))
+        return evaluate(model, *args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "evaluate", watched)
     preset = training.PRESETS["compact"]
     few = dataclasses.replace(preset.generator, light_components=2)  # there are 20 scenes to fit the canvas to
     monkeypatch.setitem(training.PRESETS, "compact", dataclasses.replace(preset, generator=few))
@@ -174,6 +193,7 @@ def test_ablations_trains_and_measures_each_row_once(
     assert capsys.readouterr().out.splitlines()[:-1] == table
     uncorrected = json.loads((tmp_path / "everything-0" / "report-uncorrected.json").read_text())
     assert uncorrected["accuracy"] is not None
+    assert corrected == [True, True, False], "of the models that were measured"
     with pytest.raises(SystemExit):
         run(monkeypatch, "ablations.py", "--data", data, "--out", tmp_path, "--rows", "no-such-row")
     assert "no-such-row" in capsys.readouterr().err
