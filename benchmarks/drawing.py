@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peer, plain
-from benchmarks.measure import DTYPES, Row, interleaved, matrix_product, median, operations, ratio
+from benchmarks.measure import DTYPES, Row, dispatched, interleaved, matrix_product, median, operations, ratio
 from condgan import IterativeGenerator
 
 SCENE = ["red cube", "blue sphere", "gray cylinder"]
@@ -83,6 +83,9 @@ def shipped(rounds: int) -> Iterator[Row]:
     }
     times = interleaved({"generate 1": cases["generate 1"]}, 10 * rounds)
     yield Row("drawing", "shipped model, latency of a scene of 3 turns", 1000 * median(times, "generate 1"), "ms")
+    yield Row(
+        "drawing", "shipped model, operations of a scene of 3 turns", dispatched(cases["generate 1"]), "dispatched"
+    )
     times = interleaved(cases, rounds)
     for n in (1, 8, 64):
         yield Row("drawing", f"shipped model, batch {n}", n / median(times, f"generate {n}"), "scenes/s")

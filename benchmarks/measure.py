@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from condgan.precision import fast_bfloat16
@@ -94,6 +95,24 @@ def operations(case: Callable[[], object]) -> float:
     with FlopCounterMode(display=False) as counter:
         case()
     return float(counter.get_total_flops())
+
+
+class _Dispatched(TorchDispatchMode):
+    """Counts what PyTorch dispatches."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def dispatched(case: Callable[[], object]) -> int:
+    """Operations, small and large, that PyTorch dispatches in one run of ``case``, after another run."""
+    case()
+    with _Dispatched() as counter:
+        case()
+    return int(counter.count)
 
 
 def python(*arguments: str) -> float:

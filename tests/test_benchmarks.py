@@ -109,6 +109,11 @@ def test_the_operations_of_a_matrix_product_are_counted() -> None:
     assert measure.operations(case) == multiplied
 
 
+def test_what_is_dispatched_in_one_run_is_counted() -> None:
+    x = torch.ones(3)
+    assert measure.dispatched(lambda: (x + 1).mul_(2)) == 2
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 def test_peak_memory_is_that_of_the_program_alone() -> None:
     ballast = bytearray(200 * 2**20)  # in this process
