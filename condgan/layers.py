@@ -19,6 +19,9 @@ ENLARGED_PIXELS = 512
 generator's block saves by it in training: a weight is added up once a batch, whatever the size of the maps."""
 HALVED_PIXELS = 4096
 """The same for a discriminator's block."""
+WEIGHTS_PER_PIXEL = 100_000
+"""With more weights than this for every pixel of the maps, drawing takes as long as reading the weights, and those that
+were added up are 16/9 as many."""
 
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -149,7 +152,7 @@ class GenBlock(nn.Module):
     Main path: conditional batch norm, leaky ReLU, nearest upsampling, 3x3 convolution, then the same without
     upsampling. Shortcut: 1x1 convolution and upsampling, in this order: the same map at a quarter of the work.
     Upsampling and the convolution after it are one transposed convolution (:func:`enlarging_weight`), but for small
-    maps in training.
+    maps.
 
     Args:
         in_channels: channels of the input.
@@ -180,12 +183,18 @@ class GenBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shortcut = F.interpolate(self.c0(x), scale_factor=2, mode="nearest")
         x = F.leaky_relu(self.cbn1(x, condition), NEGATIVE_SLOPE)
-        if torch.is_grad_enabled() and _pixels(x) < ENLARGED_PIXELS:
+        if self._is_small(x):
             x = self.c1(F.interpolate(x, scale_factor=2, mode="nearest"))  # (N, out_channels, 2H, 2W)
         else:
             x = F.conv_transpose2d(x, self._enlarging_weight(self.c1.weight), self.c1.bias, stride=2, padding=1)
         x = self.c2(F.leaky_relu(self.cbn2(x, condition), NEGATIVE_SLOPE))
         return x + shortcut
+
+    def _is_small(self, x: Tensor) -> bool:
+        """Whether the maps are too small for added weights to pay."""
+        if torch.is_grad_enabled():
+            return _pixels(x) < ENLARGED_PIXELS
+        return _pixels(x) * WEIGHTS_PER_PIXEL < self.c1.weight.numel()
 
 
 class DisBlock(nn.Module):

@@ -74,6 +74,27 @@ def test_small_and_large_maps_pass_alike(name: str, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(*found)
 
 
+@torch.no_grad()
+def test_drawing_with_many_weights_and_few_pixels_leaves_the_weights_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block = GenBlock(6, 4, 5).double()  # 216 weights
+    x, condition = torch.randn(1, 6, 4, 4).double(), torch.randn(1, 5).double()
+    found: list[torch.Tensor] = []
+    added_up: list[torch.Tensor] = []
+
+    def add_up(weight: torch.Tensor) -> torch.Tensor:
+        added_up.append(weight)
+        return layers.enlarging_weight(weight)
+
+    monkeypatch.setattr(block, "_enlarging_weight", add_up)
+    for weights_per_pixel in (14, 13):  # 16 pixels: 224 and 208
+        monkeypatch.setattr(layers, "WEIGHTS_PER_PIXEL", weights_per_pixel)
+        found.append(block(x, condition))
+        assert len(added_up) == 1, "the second time they are not"
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize(("height", "width"), [(1, 2), (2, 2), (3, 5), (8, 7)])
 def test_shapes_of_batches_of_one_and_odd_sizes(n: int, height: int, width: int) -> None:
