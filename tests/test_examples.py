@@ -7,6 +7,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,7 +113,31 @@ def test_train_classifier_reports_and_saves(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[-1]["split"] == "test"
     assert 0 <= lines[-1]["accuracy"] <= 1
-    assert SceneClassifier.from_pretrained(tmp_path / "judge").config.widths == (24, 48, 96, 160)
+    assert SceneClassifier.from_pretrained(tmp_path / "judge").config.widths == (40, 80, 128, 192)
+
+
+def test_pictures_put_together_from_two_hold_what_is_said_of_them() -> None:
+    """Every object is a bar of its own grey level, so what stands in a picture can be read off."""
+    module = runpy.run_path(str(EXAMPLES / "train_classifier.py"))
+    rng = torch.Generator().manual_seed(0)
+    objects = torch.stack([torch.randperm(24, generator=rng)[:3] for _ in range(200)])
+    pixels = torch.zeros(200, 3, 3, 64, 64, dtype=torch.uint8)
+    for scene in range(200):
+        columns = torch.randperm(12, generator=rng)[:3]
+        for turn in range(3):
+            column = 5 * int(columns[turn])
+            pixels[scene, turn:, :, 20:40, column : column + 3] = 40 + 8 * int(objects[scene, turn])
+    data = SimpleNamespace(objects=objects, pixels=pixels, vocabulary=range(24))
+    pictures = module["Pictures"](data)
+    scenes, turns = torch.randint(200, (64,), generator=rng), torch.randint(3, (64,), generator=rng)
+    images, targets = pixels[scenes, turns].float(), pictures.targets[scenes, turns]
+    composed, said = pictures._compose(images, targets, scenes, turns, rng)
+    for image, target in zip(composed, said, strict=True):
+        levels = {int(level) for level in image.unique().tolist()} - {0}
+        assert levels == {40 + 8 * kind for kind in target.nonzero()[:, 0].tolist()}
+    changed = (composed != images).flatten(1).any(1)
+    assert 10 < int(changed.sum()) < 50, "about every second one"
+    assert bool((said.sum(1) == 0).any()), "even the empty floor"
 
 
 def test_beyond_reports_every_experiment(
