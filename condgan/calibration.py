@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 from condgan.drawing import iterate_turns, random_source
-from condgan.functional import ConditionEncoder, evaluating, place_of_change, roll_conditions
+from condgan.functional import ConditionEncoder, evaluating, roll_conditions
 from condgan.images import from_uint8, to_uint8
 from condgan.models import IterativeGenerator, NoiseEncoder
 
@@ -170,7 +170,6 @@ def correct_first_turns(
     What an object changes in a picture is explained by the object and, for models that know the light, linearly by the
     light, in real turns and in drawn ones. Every pass draws the first turns of all scenes and moves the correction
     towards the difference: in the n-th pass by the n-th part of what is still missing, so that all passes count alike.
-    The same for the distance of an object's mean place to the places asked for, in models that know places.
 
     Args:
         generator: changed in place, with ``config.correction``. Its batch norms must be final: see :func:`recalibrate`.
@@ -201,35 +200,15 @@ def correct_first_turns(
         tqdm(total=total, desc="first turns", unit="img", file=sys.stderr, disable=not progress) as bar,
     ):
         for number in range(CORRECTION_PASSES):
-            drawn, missed = _Answers(generator), _Missed(len(kinds))
+            drawn = _Answers(generator)
             for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
                 rngs = [random_source(number * len(pixels) + row) for row in rows.tolist()]
                 one_hot = kinds[objects[rows]]
                 turns = iterate_turns(generator, one_hot[:, None], rngs, [[]] * len(rows), None)
-                (start, _), (end, places) = turns
-                before, after = (from_uint8(to_uint8(image).to(device)) for image in (start, end))
+                before, after = (from_uint8(to_uint8(image).to(device)) for image, _ in turns)
                 drawn.add(before, after, one_hot)
-                if places is not None:
-                    missed.add(place_of_change(before, after).cpu() - places, one_hot)
                 bar.update(len(rows))
             correction.add_((wanted - drawn.coefficients()) / (number + 1))
-            correction.aims -= missed.mean().to(correction.aims) / (number + 1)
-
-
-class _Missed:
-    """How far from the places asked for the objects stand on average, object by object."""
-
-    def __init__(self, num_objects: int) -> None:
-        self.sums = torch.zeros(num_objects, 3)  # of x, of y, and how many
-
-    def add(self, distances: Tensor, one_hot: Tensor) -> None:
-        """Take note of N turns: (N, 2) pixels, NaN where nothing was drawn, each of the object in (N, K)."""
-        seen = ~distances.isnan().any(1)
-        self.sums += one_hot[seen].T @ F.pad(distances[seen], (0, 1), value=1.0)
-
-    def mean(self) -> Tensor:
-        """(K, 2) pixels; 0 for objects that were never added."""
-        return self.sums[:, :2] / self.sums[:, 2:].clamp(min=1)
 
 
 class _Answers:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,15 +9,6 @@ from torch import Tensor, nn
 LEAST_LIKENESS = 0.9
 """Cosine between a condition and that of a first turn below which nothing is added. In the shipped model those of later
 turns stay below 0.85."""
-
-
-class FirstTurns(NamedTuple):
-    """Which of N turns are first ones, and of what."""
-
-    share: Tensor
-    """(N,) from 0, no first turn, to 1."""
-    kind: Tensor
-    """(N,) ids of the objects."""
 
 
 class FirstTurnCorrection(nn.Module):
@@ -30,9 +19,8 @@ class FirstTurnCorrection(nn.Module):
     share their weights among all pixels, and adversarial training leaves such an error behind. The same holds for how
     an object answers to the light. So both are measured after training
     (:func:`condgan.calibration.correct_first_turns`): an offset for each object, and a slope for each number that says
-    how the scene is lit, in a square at the middle. An object also misses the place that was asked for by a few
-    hundredths of a pixel on average: so much is aimed to the other side. A first turn is known by its condition, which
-    depends on the object only; to other turns nothing is added.
+    how the scene is lit, in a square at the middle. A first turn is known by its condition, which depends on the object
+    only; to other turns nothing is added.
 
     All weights are buffers: the optimizer of a larger model leaves them alone. A fresh correction adds nothing.
 
@@ -44,16 +32,15 @@ class FirstTurnCorrection(nn.Module):
         slope_size: side in pixels of the square with slopes.
 
     Shape:
-        first: what :meth:`recognise` says of N turns.
+        condition: (N, D); no gradient flows back to it.
         light: (N, L), or None without light.
-        output: (N, 3, H, W), to be added to pictures in [-1, 1].
+        output: (N, 3, H, W), to be added to pictures in [-1, 1]; or None, on a CPU, where no turn is a first one.
 
     Source: matching the means of real and drawn pictures is the feature matching of Salimans et al. 2016,
     arXiv:1606.03498, section 3.1, with the pixels as features and solved at once.
     """
 
     conditions: Tensor
-    aims: Tensor
     offsets: Tensor
     slopes: Tensor | None
 
@@ -62,38 +49,28 @@ class FirstTurnCorrection(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer("conditions", torch.zeros(num_objects, condition_dim))
-        self.register_buffer("aims", torch.zeros(num_objects, 2))
         self.register_buffer("offsets", torch.zeros(num_objects, 3, image_size, image_size))
         slopes = torch.zeros(num_objects, 3 * light_inputs, slope_size, slope_size) if light_inputs else None
         self.register_buffer("slopes", slopes)  # of rank 4, or a module cannot be channels_last
 
-    def recognise(self, condition: Tensor) -> FirstTurns | None:
-        """First turns by their conditions (N, D), which get no gradient; None, on a CPU, where none is one."""
+    def forward(self, condition: Tensor, light: Tensor | None = None) -> Tensor | None:
         likeness = F.normalize(condition.detach()) @ F.normalize(self.conditions).T  # (N, K)
         likeness, nearest = likeness.max(1)
         share = F.relu((likeness - LEAST_LIKENESS) / (1 - LEAST_LIKENESS))
         can_look = share.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would have to be waited for
         if can_look and not share.any():
             return None
-        return FirstTurns(share, nearest)
-
-    def aim(self, first: FirstTurns, place: Tensor) -> Tensor:
-        """The places (N, 2) in pixels that have to be asked for, so that objects stand at ``place`` on average."""
-        return place + (first.share[:, None] * self.aims[first.kind]).to(place.dtype)
-
-    def forward(self, first: FirstTurns, light: Tensor | None = None) -> Tensor:
-        offset = self.offsets[first.kind]
+        offset = self.offsets[nearest]
         if light is not None and self.slopes is not None:
-            slopes = self.slopes[first.kind].flatten(2)  # (N, 3 L, h w)
+            slopes = self.slopes[nearest].flatten(2)  # (N, 3 L, h w)
             slopes = slopes.unflatten(1, (light.shape[1], 3)).flatten(2)  # (N, L, 3 h w)
             answer = (light[:, None].to(slopes.dtype) @ slopes).view(-1, 3, *self.slopes.shape[2:])
             margin = (offset.shape[-1] - answer.shape[-1]) // 2
             offset = offset + F.pad(answer, (margin,) * 4)
-        return first.share[:, None, None, None] * offset
+        return share[:, None, None, None] * offset
 
     def clear_(self) -> None:
         """Add nothing any more."""
-        self.aims.zero_()
         self.offsets.zero_()
         if self.slopes is not None:
             self.slopes.zero_()

@@ -18,7 +18,7 @@ from condgan import drawing
 from condgan import images as pictures
 from condgan.canvas import Canvas
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
-from condgan.correction import FirstTurnCorrection, FirstTurns
+from condgan.correction import FirstTurnCorrection
 from condgan.drawing import Redraw
 from condgan.functional import crop, paste
 from condgan.hub import PretrainedModel
@@ -138,9 +138,8 @@ class IterativeGenerator(PretrainedModel):
     def forward(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None) -> Tensor:
         self._check_turn(z, condition, prev_image, place)
         light = self.read_light(prev_image)
-        first, place = self._first_turns(condition, place)
         code = z if self.mapping is None else self.mapping(z, condition, place, light)
-        return self._turn(code, condition, prev_image, place, light, first)
+        return self._turn(code, condition, prev_image, place, light)
 
     def read_light(self, prev_image: Tensor) -> Tensor | None:
         """How the picture so far is lit, (N, light_inputs); None for models that do not ask."""
@@ -159,31 +158,17 @@ class IterativeGenerator(PretrainedModel):
             As :meth:`forward`.
         """
         self._check_turn(code, condition, prev_image, place)
-        first, place = self._first_turns(condition, place)
-        return self._turn(code, condition, prev_image, place, self.read_light(prev_image), first)
-
-    def _first_turns(self, condition: Tensor, place: Tensor | None) -> tuple[FirstTurns | None, Tensor | None]:
-        """Which turns are first ones, for models with a correction, and where to draw, given the places asked for."""
-        first = None if self.correction is None else self.correction.recognise(condition)
-        if self.correction is not None and first is not None and place is not None:
-            place = self.correction.aim(first, place)
-        return first, place
+        return self._turn(code, condition, prev_image, place, self.read_light(prev_image))
 
     def _turn(
-        self,
-        code: Tensor,
-        condition: Tensor,
-        prev_image: Tensor,
-        place: Tensor | None,
-        light: Tensor | None,
-        first: FirstTurns | None,
+        self, code: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None, light: Tensor | None
     ) -> Tensor:
         view = look([prev_image], place, self.config.window)
         known = torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype)
         known = known.contiguous(memory_format=torch.channels_last)  # convolutions are much faster so
         drawn = self._draw(code, condition, view.images[0], known, light)
-        if self.correction is not None and first is not None:
-            offset = self.correction(first, light)
+        offset = None if self.correction is None else self.correction(condition, light)
+        if offset is not None:
             if view.corners is not None:
                 offset = crop(offset, view.corners, drawn.shape[-1])
             drawn = (drawn + offset.to(drawn.dtype)).clamp(-1, 1)

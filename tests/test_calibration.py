@@ -14,7 +14,6 @@ from torch import Tensor
 from condgan import IterativeGenerator
 from condgan.calibration import CodedTurns, code_turns, correct_first_turns, fit_mapping, recalibrate
 from condgan.configs import NoiseEncoderConfig
-from condgan.correction import FirstTurns
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
 from condgan.images import to_uint8
@@ -88,38 +87,6 @@ def test_corrected_first_turns_answer_to_the_light_as_real_ones_do() -> None:
     correct_first_turns(generator, pixels, torch.tensor([0, 1] * 80), progress=False)
     assert (generator.correction.slopes - slopes).abs().max() < 0.005
     assert generator.correction.offsets.abs().max() < 0.005
-
-
-class Misser(IterativeGenerator):
-    """Draws a white square three pixels to the right of the place, and two above; of the second object, below."""
-
-    def _turn(
-        self,
-        code: Tensor,
-        condition: Tensor,
-        prev_image: Tensor,
-        place: Tensor | None,
-        light: Tensor | None,
-        first: FirstTurns | None,
-    ) -> Tensor:
-        assert place is not None and first is not None
-        drawn = prev_image.clone()
-        for picture, (x, y), kind in zip(drawn, place.round().long().tolist(), first.kind.tolist(), strict=True):
-            row = y + (2 if kind else -2)
-            picture[:, row - 4 : row + 5, x - 1 : x + 8] = 1.0
-        return drawn
-
-
-def test_first_turns_are_aimed_so_that_objects_stand_where_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(COMPACT, objects=("red cube", "blue sphere", "gray cube"), light_components=0, light_inputs=0)
-    torch.manual_seed(0)
-    generator = Misser(config).eval()
-    assert generator.correction is not None and generator.place_model is not None
-    monkeypatch.setattr(generator.place_model, "sample", lambda image, condition, uniform: 20 + 20 * uniform[:, :2])
-    pixels, objects = torch.zeros(200, 2, 3, 64, 64, dtype=torch.uint8), torch.tensor([0, 1] * 100)
-    correct_first_turns(generator, pixels, objects, progress=False)
-    expected = torch.tensor([[-3.0, 2.0], [-3.0, -2.0], [0.0, 0.0]])
-    torch.testing.assert_close(generator.correction.aims, expected, atol=0.1, rtol=0)
 
 
 def test_a_generator_without_correction_is_an_error() -> None:

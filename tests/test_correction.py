@@ -19,36 +19,28 @@ def filled(num_objects: int = 3, condition_dim: int = 4) -> FirstTurnCorrection:
     return correction
 
 
-def added_by(
-    correction: FirstTurnCorrection, condition: torch.Tensor, light: torch.Tensor | None = None
-) -> torch.Tensor:
-    first = correction.recognise(condition)
-    assert first is not None
-    return correction(first, light)
-
-
-def test_a_fresh_correction_knows_no_first_turn() -> None:
-    assert FirstTurnCorrection(3, 4, 8).recognise(torch.randn(2, 4)) is None
+def test_a_fresh_correction_adds_nothing() -> None:
+    assert FirstTurnCorrection(3, 4, 8)(torch.randn(2, 4)) is None
 
 
 def test_each_object_gets_its_own_offset_whatever_the_length_of_the_condition() -> None:
     correction = filled()
-    conditions = torch.eye(3, 4) * torch.tensor([[1.0], [5.0], [9.0]])
-    torch.testing.assert_close(added_by(correction, conditions), correction.offsets)
+    torch.testing.assert_close(correction(torch.eye(3, 4) * torch.tensor([[1.0], [5.0], [9.0]])), correction.offsets)
 
 
 def test_light_adds_its_slopes_in_the_middle() -> None:
     correction = FirstTurnCorrection(3, 4, 8, light_inputs=2, slope_size=4)
     light = torch.tensor([[0.5, -2.0]]).expand(3, 2)
+    assert correction(torch.eye(3, 4), light) is None, "a fresh one adds nothing"
     coefficients = torch.randn(3, 3, 3, 8, 8)
     correction.conditions.copy_(torch.eye(3, 4))
     correction.add_(coefficients)
     expected = coefficients[:, 0].clone()
     expected[:, :, 2:6, 2:6] += (0.5 * coefficients[:, 1] - 2.0 * coefficients[:, 2])[:, :, 2:6, 2:6]
-    torch.testing.assert_close(added_by(correction, torch.eye(3, 4), light), expected)
-    torch.testing.assert_close(added_by(correction, torch.eye(3, 4)), coefficients[:, 0])
+    torch.testing.assert_close(correction(torch.eye(3, 4), light), expected)
+    torch.testing.assert_close(correction(torch.eye(3, 4)), coefficients[:, 0])
     correction.clear_()
-    assert not added_by(correction, torch.eye(3, 4), light).any()
+    assert not correction(torch.eye(3, 4), light).any()
 
 
 def test_conditions_unlike_those_of_first_turns_get_nothing() -> None:
@@ -58,48 +50,16 @@ def test_conditions_unlike_those_of_first_turns_get_nothing() -> None:
     near[0], near[3] = torch.cos(angle / 2), torch.sin(angle / 2)
     far[0], far[3] = torch.cos(1.01 * angle), torch.sin(1.01 * angle)
     factor = 1 - (1 - torch.cos(angle / 2)) / (1 - LEAST_LIKENESS)
-    both = added_by(correction, torch.stack((near, far)))
+    both = correction(torch.stack((near, far)))
+    assert both is not None
     torch.testing.assert_close(both[0], factor * correction.offsets[0])
     assert not both[1].any()
-    assert correction.recognise(far[None]) is None
-
-
-def test_first_turns_are_aimed_to_the_other_side_of_where_they_miss() -> None:
-    correction = filled()
-    correction.aims.copy_(torch.tensor([[1.0, -2.0], [0.0, 0.0], [0.5, 0.25]]))
-    places = torch.tensor([[10.0, 20.0], [30.0, 40.0], [50.0, 60.0], [7.0, 7.0]])
-    conditions = torch.cat((torch.eye(3, 4), torch.eye(4)[3:]))  # the last is no first turn
-    first = correction.recognise(conditions)
-    assert first is not None
-    expected = torch.tensor([[11.0, 18.0], [30.0, 40.0], [50.5, 60.25], [7.0, 7.0]])
-    torch.testing.assert_close(correction.aim(first, places), expected)
-    correction.clear_()
-    torch.testing.assert_close(correction.aim(first, places), places)
-
-
-def test_a_generator_draws_a_first_turn_where_it_aims() -> None:
-    generator = lively_generator(replace(COMPACT, condition_dim=64))
-    assert generator.correction is not None
-    generator.correction.clear_()
-    generator.correction.conditions.copy_(generator.encoder(torch.eye(24))[0])
-    condition, hidden = generator.encoder(torch.eye(24)[3:4])
-    later, _ = generator.encoder(torch.eye(24)[5:6], hidden)
-    z, image, place = torch.randn(1, generator.z_dim), torch.zeros(1, 3, 64, 64), torch.tensor([[30.0, 30.0]])
-    with torch.no_grad():
-        elsewhere = generator(z, condition, image, place + 2)
-        later_there = generator(z, later, image, place)
-        generator.correction.aims[3] = 2
-        torch.testing.assert_close(generator(z, condition, image, place), elsewhere)
-        torch.testing.assert_close(generator(z, later, image, place), later_there)
-        code = (
-            z if generator.mapping is None else generator.mapping(z, condition, place + 2, generator.read_light(image))
-        )
-        torch.testing.assert_close(generator.synthesis(code, condition, image, place), elsewhere)
+    assert correction(far[None]) is None
 
 
 def test_no_gradient_reaches_the_condition_and_no_optimizer_the_offsets() -> None:
     correction = filled()
-    assert not added_by(correction, torch.eye(3, 4, requires_grad=True)).requires_grad
+    assert not correction(torch.eye(3, 4, requires_grad=True)).requires_grad
     assert not [*correction.parameters()]
 
 
