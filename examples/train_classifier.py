@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.datasets import SceneDataset
-from condgan.functional import local_mean
+from condgan.functional import changed_region, local_mean
 from condgan.precision import autocast
 
 
@@ -58,7 +58,8 @@ class Pictures:
         pixels = data.pixels.float()
         empty = pixels[:, 0].median(0).values.expand_as(pixels[:, :1])
         before = torch.cat((empty, pixels[:, :-1]), 1)
-        changed = (pixels - before).abs().amax(2) > CHANGED_LEVELS  # (S, T, H, W)
+        changed = changed_region(before.flatten(0, 1), pixels.flatten(0, 1), CHANGED_LEVELS)  # all in grey levels
+        changed = changed.unflatten(0, data.objects.shape)  # (S, T, H, W)
         columns = changed.sum(2).cumsum(2) / changed.sum((2, 3)).clamp(min=1)[..., None]  # share to the left
         self.first, self.last = (columns < 0.02).sum(2), (columns < 0.98).sum(2)  # (S, T); stray pixels do not count
 
