@@ -41,6 +41,9 @@ from condgan.results import Drawing, Turn
 from condgan.vocab import Vocabulary
 
 NOISE_ENCODER_SLOPE = 0.1
+LARGEST_MAP = 2**24
+"""Bytes. In eval mode a CPU draws so many turns at once that the largest map takes no more: it stays in the caches, and
+glibc's allocator gives memory of 32 MiB and more back to the system, whose pages are then made anew for every map."""
 
 
 class IterativeGenerator(PretrainedModel):
@@ -166,7 +169,9 @@ class IterativeGenerator(PretrainedModel):
         view = look([prev_image], place, self.config.window)
         known = torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype)
         known = known.contiguous(memory_format=torch.channels_last)  # convolutions are much faster so
-        drawn = self._draw(code, condition, view.images[0], known, light)
+        parts = [code, condition, view.images[0], known] + ([] if light is None else [light])
+        size = self._turns_at_once(known)
+        drawn = torch.cat([self._draw(*part) for part in zip(*(x.split(size) for x in parts), strict=True)])
         offset = None if self.correction is None else self.correction(condition, light)
         if offset is not None:
             if view.corners is not None:
@@ -182,7 +187,16 @@ class IterativeGenerator(PretrainedModel):
         check_shape("condition", condition, len(prev_image), self.config.condition_dim)
         check_place(self.config.places, place, len(prev_image))
 
-    def _draw(self, code: Tensor, condition: Tensor, prev_image: Tensor, known: Tensor, light: Tensor | None) -> Tensor:
+    def _turns_at_once(self, known: Tensor) -> int:
+        """How many of N turns pass the blocks together, given the maps (N, C, h, w) that they start from."""
+        if self.training or torch.is_grad_enabled() or known.device.type != "cpu":
+            return max(len(known), 1)
+        largest = self.config.width * known.shape[2] * known.shape[3] * known.element_size()
+        return max(LARGEST_MAP // largest, 1)
+
+    def _draw(
+        self, code: Tensor, condition: Tensor, prev_image: Tensor, known: Tensor, light: Tensor | None = None
+    ) -> Tensor:
         """The turn inside the window: ``known`` is ``prev_image`` (N, 3, h, w) with the maps of its place."""
         features = self.prev_encoder(known)[::-1]  # from the second resolution up
         norm_condition = torch.cat((condition, code), 1) if self.config.noise_in_norm else condition

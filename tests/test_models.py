@@ -17,6 +17,7 @@ from reference import randomise
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from condgan import models
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.functional import encode_objects, window_corners
 from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
@@ -248,7 +249,7 @@ def test_the_generator_grows_the_maps_of_the_reference(reference_generator: Iter
     with recording(reference_generator) as calls:
         image = reference_generator(z, condition, prev_image)
     assert image.shape == (1, 3, 64, 64)
-    assert calls["c_proj"][0][0][0] is condition
+    assert torch.equal(calls["c_proj"][0][0][0], condition)
     l0_input = calls["l0"][0][0][0]
     assert torch.equal(l0_input[:, :100], z)
     assert torch.equal(l0_input[:, 100:], calls["c_proj"][0][1])
@@ -260,7 +261,7 @@ def test_the_generator_grows_the_maps_of_the_reference(reference_generator: Iter
     ):
         ((inputs, output),) = calls[name]
         assert (inputs[0].shape, output.shape) == (before, after), name
-        assert inputs[1] is condition
+        assert torch.equal(inputs[1], condition)
     assert torch.equal(calls["block1"][0][0][0].flatten(1), calls["l0"][0][1])
     joined, previous = calls["block2"][0][0][0], calls["prev_encoder"][0][1][-1]
     assert previous.shape == (1, 512, 8, 8)
@@ -423,6 +424,28 @@ def test_generators_of_all_kinds_draw_in_range_and_alike_alone_and_in_a_batch(co
     assert generator.canvas.components.shape == (config.light_components, 3, config.image_size, config.image_size)
     for i in range(2):
         torch.testing.assert_close(generator(*item(arguments, i)), image[i : i + 1], atol=1e-4, rtol=0)
+
+
+@every_generator
+def test_large_batches_pass_in_parts_and_are_the_same_pictures(
+    config: GeneratorConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = randomise(IterativeGenerator(config))
+    arguments = generator_input(config, 5)
+    side = config.window or config.image_size
+    monkeypatch.setattr(models, "LARGEST_MAP", 2 * 4 * config.width * side**2)  # two turns in float32
+    with recording(generator) as whole:
+        image = generator(*arguments)
+    assert [len(output) for _, output in whole["conv"]] == [5]
+    with recording(generator) as parts, torch.no_grad():
+        in_parts = generator(*arguments)
+    assert [len(output) for _, output in parts["conv"]] == [2, 2, 1]
+    assert max(output.nelement() for _, output in parts["ac"]) * 4 == models.LARGEST_MAP
+    torch.testing.assert_close(in_parts, image.detach(), atol=1e-4, rtol=0)
+    monkeypatch.setattr(models, "LARGEST_MAP", 1)
+    with torch.no_grad():
+        torch.testing.assert_close(generator(*arguments), image.detach(), atol=1e-4, rtol=0)
+        assert len(generator(*(None if x is None else x[:0] for x in arguments))) == 0
 
 
 @every_generator
