@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MadeT = TypeVar("MadeT")
+
+
+_steady: ContextVar[object | None] = ContextVar("steady weights", default=None)
+"""Of the innermost block of :func:`steady_weights`, something that no other block has."""
 
 
 class Derived(Generic[MadeT]):
@@ -26,22 +31,18 @@ class Derived(Generic[MadeT]):
     def __init__(self, make: Callable[..., MadeT]) -> None:
         self._make = make
         self._known: tuple[tuple[Tensor, ...], MadeT] | None = None
-        self._steady = False
-        self._looked = False
+        self._compared_in: object | None = None
 
     def __call__(self, *weights: Tensor) -> MadeT:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or weights[0].device.type != "cpu":
             return self._make(*weights)
-        known = self._known
-        if known is None or not (self._looked or all(map(_same, known[0], weights))):
+        known, block = self._known, _steady.get()
+        compared = block is not None and block is self._compared_in
+        if known is None or not (compared or all(map(_same, known[0], weights))):
             copies = tuple(weight.detach().clone() for weight in weights)
             self._known = known = copies, self._make(*(weight.detach() for weight in weights))
-        self._looked = self._steady
+        self._compared_in = block
         return known[1]
-
-    def hold(self, steady: bool) -> None:
-        """See :func:`steady_weights`."""
-        self._steady, self._looked = steady, False
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -49,13 +50,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def steady_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block no weight changes: every :class:`Derived` of a module looks once."""
-    made = [value for module in modules for value in vars(module).values() if isinstance(value, Derived)]
-    for derived in made:
-        derived.hold(True)
+def steady_weights() -> Iterator[None]:
+    """Inside the block no weight changes: every :class:`Derived` compares once. Other threads are not in the block."""
+    token = _steady.set(object())
     try:
         yield
     finally:
-        for derived in made:
-            derived.hold(False)
+        _steady.reset(token)

@@ -106,7 +106,7 @@ def draw_turns(
     turns = max(len(scene) for scene in objects)
     size = CPU_BATCH if next(generator.parameters()).device.type == "cpu" else GPU_BATCH
     images, where = [], []
-    with evaluating(generator), steady_weights(generator.modules()):
+    with evaluating(generator), steady_weights():
         for low in range(0, len(objects), size):
             part = slice(low, low + size)
             steps = iterate_turns(
