@@ -169,9 +169,12 @@ class IterativeGenerator(PretrainedModel):
         view = look([prev_image], place, self.config.window)
         known = torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype)
         known = known.contiguous(memory_format=torch.channels_last)  # convolutions are much faster so
-        parts = [code, condition, view.images[0], known] + ([] if light is None else [light])
+        arguments = [code, condition, view.images[0], known, *([] if light is None else [light])]
         size = self._turns_at_once(known)
-        drawn = torch.cat([self._draw(*part) for part in zip(*(x.split(size) for x in parts), strict=True)])
+        if size >= len(known):
+            drawn = self._draw(*arguments)
+        else:
+            drawn = torch.cat([self._draw(*part) for part in zip(*(x.split(size) for x in arguments), strict=True)])
         offset = None if self.correction is None else self.correction(condition, light)
         if offset is not None:
             if view.corners is not None:
