@@ -581,7 +581,7 @@ def _parser() -> argparse.ArgumentParser:
         RUN gets log.jsonl, checkpoint.safetensors, pictures/ (drawings of the model so far)
         and model/, which every command takes as a model. After an interruption the same
         command goes on. The presets:
-          compact         small, knows places; several hours on a CPU
+          compact         small, knows places; from two hours on a CPU core
           reference       the networks and the numbers of the reference system
           reference-code  likewise, with the losses of its public code
         """,
