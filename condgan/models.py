@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from condgan import drawing
 from condgan import images as pictures
@@ -370,7 +371,11 @@ class DiffDiscriminator(PretrainedModel):
     def compare(
         self, prev_image: Tensor, images: Sequence[Tensor], condition: Tensor, place: Tensor | None = None
     ) -> list[DiscriminatorOutput]:
-        """Judge several pictures that follow the same previous one, in one pass: each as :meth:`forward` does."""
+        """Judge several pictures that follow the same previous one: each as :meth:`forward` does.
+
+        The previous picture is read once, together with the first of the pictures. Each of the others passes alone: a
+        gradient that is asked for of one picture then costs no pass through the others.
+        """
         n, size = len(prev_image), self.config.image_size
         if not images:
             raise ValueError("images is empty: give at least one picture to judge")
@@ -379,22 +384,34 @@ class DiffDiscriminator(PretrainedModel):
         check_shape("condition", condition, n, self.config.condition_dim)
         check_place(self.config.places, place, n)
         view = look([prev_image, *images], place, self.config.window)
-        maps = [map_.to(prev_image.dtype).repeat(1 + len(images), 1, 1, 1) for map_ in view.maps]
-        details = [torch.cat(view.details)] if view.details else []
-        x = torch.cat((torch.cat(view.images), *maps, *details), 1)
+        details = view.details or [None] * len(view.images)
+        maps = [map_.to(prev_image.dtype) for map_ in view.maps]
+        inputs = [
+            torch.cat([image, *maps] if detail is None else [image, *maps, detail], 1)
+            for image, detail in zip(view.images, details, strict=True)
+        ]
+        with parametrize.cached():  # one step of spectral normalisation's power iteration for all
+            before, first = self._features(torch.cat(inputs[:2])).chunk(2)
+            after = [first, *(self._features(x) for x in inputs[2:])]
+            light = None if self.light is None else self.light_bias(self.light(prev_image).to(before.dtype))
+            return [self._judge(features - before, condition, light) for features in after]
+
+    def _features(self, x: Tensor) -> Tensor:
+        """What the blocks before the difference see of pictures with their maps."""
         x = x.contiguous(memory_format=torch.channels_last)
         for i in range(3):
             x = self.get_submodule(f"block{i + 1}")(x)
-        before, *after = x.chunk(1 + len(images))
-        x = torch.cat([features - before for features in after])  # nothing but zeros where nothing changed
-        if self.light is not None:  # what changed must fit it
-            x = x + self.light_bias(self.light(prev_image).to(x.dtype)).repeat(len(images), 1)[:, :, None, None]
+        return x
+
+    def _judge(self, x: Tensor, condition: Tensor, light: Tensor | None) -> DiscriminatorOutput:
+        """What the difference of features says: all zeros where nothing changed. What changed must fit ``light``."""
+        if light is not None:
+            x = x + light[:, :, None, None]
         for i in range(3, self.num_blocks):
             x = self.get_submodule(f"block{i + 1}")(x)
         features = F.leaky_relu(x, NEGATIVE_SLOPE).sum((2, 3))
-        logits = self.l6(features)[:, 0] + self.condition_projector(features, condition.repeat(len(images), 1))
-        outputs = zip(logits.chunk(len(images)), self.aux_objective(features).chunk(len(images)), strict=True)
-        return [DiscriminatorOutput(*output) for output in outputs]
+        logits = self.l6(features)[:, 0] + self.condition_projector(features, condition)
+        return DiscriminatorOutput(logits, self.aux_objective(features))
 
     def forward(
         self, prev_image: Tensor, image: Tensor, condition: Tensor, place: Tensor | None = None

@@ -251,10 +251,13 @@ def _restore(trainer: Trainer, stored: StoredRun) -> None:
         network.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
     for name, optimizer in trainer.optimizers.items():
         state: dict[int, dict[str, Tensor]] = {}
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         prefix = f"optimizer.{name}."
         for key, value in tensors.items():
             if key.startswith(prefix):
                 index, field_name = key[len(prefix) :].split(".")
+                if value.ndim:  # a fused optimizer takes for granted that they lie in memory as the weights do
+                    value = torch.empty_like(weights[int(index)]).copy_(value)
                 state.setdefault(int(index), {})[field_name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for name, count in stored.counters.items():

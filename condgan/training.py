@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -344,12 +345,12 @@ class Trainer:
                     share_statistics(network)
         encoder = list(generator.encoder.parameters())
         others = [p for name, p in generator.named_parameters() if not name.startswith("encoder.")]
-        betas = (0.0, config.beta2)
+        adam = partial(torch.optim.Adam, betas=(0.0, config.beta2), fused=True)
         self.optimizers = {
-            "reconstruction": torch.optim.Adam([*encoder, *others, *found], config.lr_reconstruction, (0.0, 0.99)),
-            "generator": torch.optim.Adam(others, config.lr_generator, betas),
-            "encoder": torch.optim.Adam(encoder, config.lr_encoder, betas),
-            "discriminator": torch.optim.Adam(discriminator.parameters(), config.lr_discriminator, betas),
+            "reconstruction": adam([*encoder, *others, *found], config.lr_reconstruction, betas=(0.0, 0.99)),
+            "generator": adam(others, config.lr_generator),
+            "encoder": adam(encoder, config.lr_encoder),
+            "discriminator": adam(discriminator.parameters(), config.lr_discriminator),
         }
         self.step = 0
         self.images = 0
@@ -546,8 +547,8 @@ class Trainer:
         fake = _rounded(drawn)  # as users see it: the discriminator shall not judge what rounding hides
         real_input = batch.images.clone().requires_grad_(penalised)
         with self._autocast():
-            pair = self.discriminator.compare(batch.prev_images, [real_input, fake], conditions.detach(), batch.places)
-        (real_logits, real_object_logits), (fake_logits, fake_object_logits) = (
+            pair = self.discriminator.compare(batch.prev_images, [fake, real_input], conditions.detach(), batch.places)
+        (fake_logits, fake_object_logits), (real_logits, real_object_logits) = (
             (output.logits.float(), output.object_logits.float()) for output in pair
         )
 
