@@ -16,7 +16,7 @@ from condgan import DiffDiscriminator, IterativeGenerator
 from condgan.ranks import ALONE, Ranks
 from condgan.training import PRESETS, Trainer, TrainingScenes
 
-SCENES = 4
+SCENES = PRESETS["reference"].batch_scenes
 """Scenes a step; each has three turns, every one a picture to learn from."""
 INTERVAL = 16
 """Steps from one lazy penalty to the next (Karras et al. 2020, arXiv:1912.04958, section 3.1)."""

@@ -384,12 +384,8 @@ class DiffDiscriminator(PretrainedModel):
         check_shape("condition", condition, n, self.config.condition_dim)
         check_place(self.config.places, place, n)
         view = look([prev_image, *images], place, self.config.window)
-        details = view.details or [None] * len(view.images)
         maps = [map_.to(prev_image.dtype) for map_ in view.maps]
-        inputs = [
-            torch.cat([image, *maps] if detail is None else [image, *maps, detail], 1)
-            for image, detail in zip(view.images, details, strict=True)
-        ]
+        inputs = [torch.cat((image, *maps, *view.details[i : i + 1]), 1) for i, image in enumerate(view.images)]
         with parametrize.cached():  # one step of spectral normalisation's power iteration for all
             before, first = self._features(torch.cat(inputs[:2])).chunk(2)
             after = [first, *(self._features(x) for x in inputs[2:])]

@@ -18,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for another, which may be writing a checkpoint or fitting the canvas on a slower machine."""
+LARGE = 2**16
+"""Tensors with so many numbers are sent on their own: to put them together would take longer than a message."""
 MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 """What ``torchrun`` sets beside ``RANK`` and ``WORLD_SIZE``, for processes that have to meet."""
 
@@ -42,14 +44,27 @@ class Ranks:
         """Whether this is the process that writes files and speaks."""
         return self.rank == 0
 
-    def sum_(self, tensor: Tensor) -> None:
-        """Replace a contiguous tensor by its sum over all ranks, which is the same to the last bit on each.
+    def sum_(self, *tensors: Tensor) -> None:
+        """Replace tensors of one dtype by their sums over all ranks, which are the same to the last bit on each.
+
+        They are dense: contiguous, or so but for the order of their dimensions. Large ones are sent as they are, all
+        small ones together.
 
         Raises:
             RankLost: another rank has gone.
         """
-        if self.count > 1:
-            _all_reduce(tensor)
+        if self.count == 1:
+            return
+        small = [tensor for tensor in tensors if tensor.numel() < LARGE]
+        with _losing_ranks():
+            sums = [dist.all_reduce(tensor, async_op=True) for tensor in tensors if tensor.numel() >= LARGE]
+            if small:
+                together = torch.cat([tensor.flatten() for tensor in small])
+                dist.all_reduce(together)
+                for tensor, total in zip(small, together.split([tensor.numel() for tensor in small]), strict=True):
+                    tensor.copy_(total.view_as(tensor))
+            for large in sums:
+                large.wait()
 
     def any(self, flag: bool) -> bool:
         """Whether it holds on any rank; no rank goes on before all have come here.
@@ -158,8 +173,15 @@ def own_device(device: str | None = None) -> torch.device:
 
 
 def _all_reduce(tensor: Tensor) -> None:
-    try:
+    with _losing_ranks():
         dist.all_reduce(tensor)
+
+
+@contextlib.contextmanager
+def _losing_ranks() -> Iterator[None]:
+    """What a process group raises when a process has gone, as RankLost."""
+    try:
+        yield
     except RuntimeError as error:
         raise RankLost(
             f"rank {dist.get_rank()} of {dist.get_world_size()} has lost another rank, so that all stop"

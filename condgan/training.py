@@ -597,12 +597,7 @@ class Trainer:
         """
         names = ("discriminator", "generator", "encoder") if self.adversarial else ("reconstruction",)
         grads = [p.grad for p in self._parameters(*names) if p.grad is not None]
-        if self.ranks.count > 1:
-            flat = torch.cat([losses, *(grad.flatten() for grad in grads)])
-            self.ranks.sum_(flat)
-            losses, *sums = flat.split([len(losses), *(grad.numel() for grad in grads)])
-            for grad, total in zip(grads, sums, strict=True):
-                grad.copy_(total.view_as(grad))
+        self.ranks.sum_(losses, *grads)
         if not torch.cat((losses, torch.stack(torch._foreach_norm(grads)))).isfinite().all():
             self.skipped += 1
             self.skipped_in_a_row += 1

@@ -14,6 +14,7 @@ from tiny import RUN
 from torch import Tensor, nn
 
 from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator, runs, training
+from condgan import ranks as ranks_module
 from condgan.datasets import SceneDataset
 from condgan.models import DiffDiscriminator, NoiseEncoder
 from condgan.ranks import ALONE, GlobalBatchNorm, Ranks, joined
@@ -112,6 +113,7 @@ def main() -> None:
     task, *arguments = sys.argv[1:]
     if task == "compare":
         data, out = map(Path, arguments)
+        ranks_module.LARGE = 1000  # for networks as small as these
         with joined("cpu") as ranks:
             results: dict[str, object] = {name: trained(data, config, ranks) for name, config in CONFIGS.items()}
             results |= {"norm": normed_parts(ranks), "skipped": steps_skipped(data, ranks)}
