@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from condgan.drawing import iterate_turns, random_source
+from condgan.classifier import SceneClassifier
+from condgan.drawing import DrawnTurn, iterate_turns, random_source
 from condgan.functional import ConditionEncoder, evaluating, roll_conditions
 from condgan.images import from_uint8, to_uint8
 from condgan.models import IterativeGenerator, NoiseEncoder
+from condgan.precision import autocast
 
 CORRECTION_PASSES = 3
 """How often :func:`correct_first_turns` draws all scenes."""
@@ -23,9 +27,19 @@ RIDGE = 0.05
 BATCH_SIZE = 32
 MAPPING_EPOCHS = 32
 """How often :func:`fit_mapping` sees every turn."""
-MAPPING_BATCH_SIZE = 128
 MAPPING_LEARNING_RATE = 2e-3
 """The highest, of AdamW; one cycle over all steps."""
+PLACE_EPOCHS = 8
+"""How often :func:`fit_places` sees every turn."""
+PLACE_LEARNING_RATE = 3e-3
+FIT_BATCH_SIZE = 128
+LEGIBLE_BATCH_SIZE = 48
+"""Scenes that :func:`prefer_legible_codes` draws in each of its steps."""
+LEGIBLE_LEARNING_RATE = 1e-4
+LEGIBLE_WEIGHT = 6.0
+"""Power of the verifier's likelihood: how much more its word counts than what real codes are like."""
+HIDDEN_LOSS = 6.0
+"""A turn does not count for more than this: some objects hide behind others whatever their codes."""
 MAX_GRADIENT_NORM = 10.0
 
 
@@ -68,9 +82,7 @@ def code_turns(
         places: (S, T, 2) pixels, for models that know places; else None.
     """
     device = next(generator.parameters()).device
-    one_hot = F.one_hot(objects, len(generator.vocabulary)).float().to(device)
-    conditions, _ = roll_conditions(generator.encoder, one_hot)
-    alone = read_alone(generator.encoder, one_hot)
+    conditions, alone = _read_both_ways(generator, objects)
     where = None if places is None else places.to(device)
     codes, light = [], []
     with evaluating(noise_encoder):
@@ -83,7 +95,15 @@ def code_turns(
                 light.append(generator.light(before))
     flat = None if where is None else where.flatten(0, 1)
     lights = torch.cat(light) if light else None
-    return CodedTurns(torch.cat(codes), conditions.flatten(0, 1), alone.flatten(0, 1), flat, lights)
+    return CodedTurns(torch.cat(codes), conditions, alone, flat, lights)
+
+
+@torch.no_grad()
+def _read_both_ways(generator: IterativeGenerator, objects: Tensor) -> tuple[Tensor, Tensor]:
+    """Conditions (N, D) of N = S x T turns with objects (S, T) ids: as they follow each other, and each alone."""
+    one_hot = F.one_hot(objects, len(generator.vocabulary)).float().to(next(generator.parameters()).device)
+    conditions, _ = roll_conditions(generator.encoder, one_hot)
+    return conditions.flatten(0, 1), read_alone(generator.encoder, one_hot).flatten(0, 1)
 
 
 def fit_mapping(
@@ -107,27 +127,166 @@ def fit_mapping(
     mapping = generator.mapping
     if mapping is None:
         raise ValueError("generator: its configuration has mapping=False, so there is nothing to fit")
-    count, device = len(turns.codes), turns.codes.device
-    steps = MAPPING_EPOCHS * math.ceil(count / MAPPING_BATCH_SIZE)
-    trainable = next(mapping.parameters()).requires_grad
-    mapping.requires_grad_()
-    optimizer = torch.optim.AdamW(mapping.parameters(), weight_decay=1e-2, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MAPPING_LEARNING_RATE, total_steps=steps)
-    rng = torch.Generator().manual_seed(0)
-    for _ in trange(steps, desc="mapping", unit="step", file=sys.stderr, disable=not progress):
-        rows = torch.randint(count, (MAPPING_BATCH_SIZE,), generator=rng).to(device)
-        around = torch.randn(MAPPING_BATCH_SIZE, turns.codes.shape[1], generator=rng).to(device)
-        forgetful = (torch.rand(MAPPING_BATCH_SIZE, 1, generator=rng) < history_dropout).to(device)
-        condition = torch.where(forgetful, turns.conditions_alone[rows], turns.conditions[rows])
+
+    def loss(rows: Tensor, rng: torch.Generator) -> Tensor:
+        around = torch.randn(len(rows), turns.codes.shape[1], generator=rng).to(rows.device)
+        condition = _mixed(turns.conditions, turns.conditions_alone, rows, history_dropout, rng)
         code = with_noise(turns.codes[rows], around, noise)
         place, light = (None if x is None else x[rows] for x in (turns.places, turns.light))
-        loss = mapping.loss(code, condition, place, light).mean()
+        return mapping.loss(code, condition, place, light)
+
+    steps = MAPPING_EPOCHS * math.ceil(len(turns.codes) / FIT_BATCH_SIZE)
+    _fit(mapping, loss, len(turns.codes), steps, MAPPING_LEARNING_RATE, "mapping", progress)
+
+
+def fit_places(
+    generator: IterativeGenerator,
+    pixels: Tensor,
+    objects: Tensor,
+    places: Tensor,
+    *,
+    history_dropout: float,
+    progress: bool = True,
+) -> None:
+    """Teach the place model where real objects stand, given what the finished RNN says.
+
+    First turns start from empty scenes that the generator draws, not from the real ones: what is left of an object
+    where it was taken out of a real picture would give its place away. AdamW in batches of 128 for 8 epochs, from the
+    weights that the place model has. Equal arguments give equal weights; the global random state is left alone.
+
+    Args:
+        generator: its place model is changed in place.
+        pixels: (S, T + 1, 3, H, W) uint8, the empty scenes first.
+        objects: (S, T) ids.
+        places: (S, T, 2) pixels.
+        history_dropout: share of turns that are read as if they were the first, as in training.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: the generator has no place model.
+    """
+    model = generator.place_model
+    if model is None:
+        raise ValueError("generator: its configuration has places=False, so there is nothing to fit")
+    conditions, alone = _read_both_ways(generator, objects)
+    before = torch.cat((_empty_scenes(generator, len(pixels))[:, None], pixels[:, 1:-1]), 1).flatten(0, 1)
+    where = places.flatten(0, 1)
+
+    def loss(rows: Tensor, rng: torch.Generator) -> Tensor:
+        image, place = from_uint8(before[rows.to(before.device)]), where[rows.to(where.device)]
+        condition = _mixed(conditions, alone, rows, history_dropout, rng)
+        return model.loss(image.to(rows.device), condition, place.to(rows.device))
+
+    steps = PLACE_EPOCHS * math.ceil(len(before) / FIT_BATCH_SIZE)
+    _fit(model, loss, len(before), steps, PLACE_LEARNING_RATE, "places", progress)
+
+
+@torch.no_grad()
+def _empty_scenes(generator: IterativeGenerator, count: int) -> Tensor:
+    """Canvases (N, 3, H, W) uint8 of seeds 0, 1, 2, ..."""
+    nothing = torch.zeros(count, 1, len(generator.vocabulary))
+    scenes = []
+    for rows in torch.arange(count).split(BATCH_SIZE):
+        sources = [random_source(row) for row in rows.tolist()]
+        canvas, _ = next(iterate_turns(generator, nothing[rows], sources, [[]] * len(rows), None))
+        scenes.append(to_uint8(canvas))
+    return torch.cat(scenes)
+
+
+def prefer_legible_codes(
+    generator: IterativeGenerator, verifier: SceneClassifier, objects: Tensor, *, scenes: int, progress: bool = True
+) -> None:
+    """Have the mapping make codes of which the verifier can tell the object, and else as before.
+
+    Bayes' rule: given that the verifier sees in a picture what was asked and nothing else, which codes are likely? The
+    mapping moves towards this posterior by variational inference, in scenes that the generator draws by itself: it
+    maximises the log-likelihood of what was asked, times 6, less the Kullback-Leibler divergence to what it was
+    before. Nothing else is touched: an object stands and hides where it would, and looks as its code says.
+
+    AdamW, 48 scenes a step. Equal arguments give equal weights; the global random state is left alone.
+
+    Args:
+        generator: its mapping is changed in place.
+        verifier: finds the objects in a picture; never the judge that reports.
+        objects: (S, T, K) multi-hot objects of scenes to draw from.
+        scenes: how many are drawn.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: the generator has no mapping, or the verifier knows other objects.
+
+    Source: ours; amortised variational inference as in Kingma and Welling 2014, arXiv:1312.6114.
+    """
+    mapping, places = generator.mapping, generator.place_model
+    if mapping is None:
+        raise ValueError("generator: its configuration has mapping=False, so there is nothing to fit")
+    if verifier.config.objects != generator.config.objects:
+        raise ValueError(f"verifier: it knows {verifier.config.objects}, the generator {generator.config.objects}")
+    device = next(generator.parameters()).device
+    before = copy.deepcopy(mapping).requires_grad_(False)
+
+    def loss(rows: Tensor, rng: torch.Generator) -> Tensor:
+        chosen = objects[rows.to(objects.device)].to(device)
+        losses: list[Tensor] = []
+
+        def draw_turn(turn: int, condition: Tensor, image: Tensor, wanted: object) -> DrawnTurn:
+            condition = condition.detach()
+            uniform, z = torch.rand(len(rows), 3, generator=rng), torch.randn(len(rows), generator.z_dim, generator=rng)
+            with torch.no_grad():
+                place = None if places is None else places.sample(image, condition, uniform.to(device))
+                context = condition, place, generator.read_light(image)
+            code = mapping(z.to(device), *context)
+            with autocast(device, True):
+                drawn = generator.synthesis(code, condition, image, place).float()
+                logits = verifier(drawn).float()
+            misread = F.binary_cross_entropy_with_logits(logits, chosen[:, : turn + 1].amax(1), reduction="none").sum(1)
+            divergence = before.loss(code, *context) - mapping.loss(code, *context)
+            losses.append(LEGIBLE_WEIGHT * misread.clamp(max=HIDDEN_LOSS) + divergence)
+            return drawn.detach(), place
+
+        sources = [random_source(seed) for seed in torch.randint(2**31, (len(rows),), generator=rng).tolist()]
+        for _ in iterate_turns(generator, chosen, sources, [[]] * len(rows), None, draw_turn):
+            pass
+        return torch.cat(losses)
+
+    steps, rate = math.ceil(scenes / LEGIBLE_BATCH_SIZE), LEGIBLE_LEARNING_RATE
+    with evaluating(generator), evaluating(verifier):
+        _fit(mapping, loss, len(objects), steps, rate, "legible codes", progress, LEGIBLE_BATCH_SIZE)
+
+
+def _mixed(following: Tensor, alone: Tensor, rows: Tensor, share_alone: float, rng: torch.Generator) -> Tensor:
+    """Conditions of these rows of (N, D); some as the RNN reads the turn alone."""
+    forgetful = torch.rand(len(rows), 1, generator=rng) < share_alone
+    return torch.where(forgetful.to(rows.device), alone[rows], following[rows])
+
+
+def _fit(
+    module: nn.Module,
+    loss: Callable[[Tensor, torch.Generator], Tensor],
+    count: int,
+    steps: int,
+    learning_rate: float,
+    name: str,
+    progress: bool,
+    batch_size: int | None = None,
+) -> None:
+    """Minimise the mean of a loss that takes the numbers of some of ``count`` samples and a random source."""
+    batch_size = batch_size or FIT_BATCH_SIZE
+    weights = [*module.parameters()]
+    device = next(module.parameters()).device
+    trainable = next(module.parameters()).requires_grad
+    module.requires_grad_()
+    optimizer = torch.optim.AdamW(weights, weight_decay=1e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    rng = torch.Generator().manual_seed(0)
+    for _ in trange(steps, desc=name, unit="step", file=sys.stderr, disable=not progress):
+        rows = torch.randint(count, (batch_size,), generator=rng).to(device)
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(mapping.parameters(), MAX_GRADIENT_NORM)
+        loss(rows, rng).mean().backward(inputs=weights)
+        nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)
         optimizer.step()
         schedule.step()
-    mapping.requires_grad_(trainable)
+    module.requires_grad_(trainable)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,6 +17,10 @@ from condgan.functional import crop, local_mean, place_map, window_corners
 
 MAX_WIDTH_FACTOR = 16
 """No feature map is wider than this many times ``width``."""
+LEAST_LIKELY = 1e-4
+"""A cell that is less likely than the likeliest one times this is never drawn."""
+LEAST_SCALE = 0.001
+"""Of a point's distribution in a cell, whose side is 1."""
 
 
 def widths_of(count: int, width: int) -> list[int]:
@@ -140,17 +145,18 @@ class PreviousImageEncoder(nn.Module):
 class PlaceModel(nn.Module):
     """Where a new object may stand: a mixture over cells of 2x2 pixels, given the picture and the condition.
 
-    Every cell has a probability, and x and y in the cell have Kumaraswamy distributions, from uniform (a fresh model)
-    to a peak: in i-CLEVR a first object's place is known to a fraction of a pixel, a later one's hardly at all.
+    Every cell has a probability, and x and y in the cell have logistic distributions that end at its edges, from an all
+    but uniform one (a fresh model) to a narrow peak: in i-CLEVR a first object's place is known to a tenth of a pixel,
+    a later one's hardly at all.
 
     Shape:
         image: (N, 3, H, W) in [-1, 1].
         condition: (N, D).
-        output: logits (N, H / 2, W / 2), one softmax over all cells; and log a and log b, (N, 2, H / 2, W / 2) each, of
-            the distributions of x and y in each cell, which goes from 0 to 1.
+        output: logits (N, H / 2, W / 2), one softmax over all cells; and of x and y in each cell, which goes from 0 to
+            1, the peaks and the scales, (N, 2, H / 2, W / 2) each.
 
-    Source: mixture density networks, Bishop 1994; Kumaraswamy 1980, "A generalized probability density function for
-    double-bounded random processes".
+    Source: mixture density networks, Bishop 1994; mixtures of logistic distributions as in Salimans et al. 2017
+    (PixelCNN++), arXiv:1701.05517, here continuous and cut off.
     """
 
     cell = 2
@@ -164,15 +170,14 @@ class PlaceModel(nn.Module):
         self.condition = nn.Linear(condition_dim, channels)
         self.conv4 = nn.Conv2d(2 * channels, channels, 3, padding=1)
         self.conv5 = nn.Conv2d(channels, 1, 1)
-        self.point = nn.Conv2d(channels, 4, 1)
-        for parameter in self.point.parameters():
+        self.in_cell = nn.Conv2d(channels, 4, 1)
+        for parameter in self.in_cell.parameters():
             nn.init.zeros_(parameter)
         self.prior = nn.Parameter(torch.zeros(image_size // self.cell, image_size // self.cell))
 
     def forward(self, image: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self._read(image, condition)
-        log_a, log_b = self._log_shapes(x)
-        return self._logits(x), log_a, log_b
+        return self._logits(x), *self._peaks(x)
 
     def _read(self, image: Tensor, condition: Tensor) -> Tensor:
         """Features (N, channels, H / 2, W / 2) of every cell."""
@@ -185,42 +190,55 @@ class PlaceModel(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         return self.conv5(x)[:, 0] + self.prior
 
-    def _log_shapes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Log a and log b, (N, 2, h, w) each, of cells with features (N, channels, h, w)."""
-        log_a, log_b = self.point(x).clamp(-1, 6).chunk(2, 1)
-        return log_a, log_b
+    def _peaks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Peaks and scales, (N, 2, h, w) each, of cells with features (N, channels, h, w)."""
+        peak, scale = self.in_cell(x).chunk(2, 1)
+        return peak.sigmoid(), F.softplus(scale) + LEAST_SCALE
 
     def loss(self, image: Tensor, condition: Tensor, place: Tensor) -> Tensor:
         """Negative log-likelihood (N,) in nats of true places (N, 2), in pixels, against uniform ones in a cell."""
         check_shape("place", place, len(image), 2)
-        logits, log_a, log_b = self(image, condition)
+        logits, peak, scale = self(image, condition)
         corner = (place / self.cell).long().clamp(0, logits.shape[-1] - 1)  # (N, 2)
         cell = corner[:, 1] * logits.shape[-1] + corner[:, 0]
-        log_a, log_b = self._of_cell(log_a, cell), self._of_cell(log_b, cell)
-        point = (place / self.cell - corner).clamp(1e-3, 1 - 1e-3)  # (N, 2)
-        a, b = log_a.exp(), log_b.exp()
-        density = log_a + log_b + (a - 1) * point.log() + (b - 1) * torch.log1p(-(point**a))
+        peak, scale = self._of_cell(peak, cell), self._of_cell(scale, cell)
+        steps = (place / self.cell - corner - peak) / scale
+        low, high = _edges(peak, scale)
+        density = F.logsigmoid(steps) + F.logsigmoid(-steps) - (scale * (high - low)).log()
         return F.cross_entropy(logits.flatten(1), cell, reduction="none") - density.sum(1)
 
     def sample(self, image: Tensor, condition: Tensor, uniform: Tensor) -> Tensor:
-        """Places (N, 2) in pixels, from (N, 3) uniform numbers in [0, 1): one for the cell, two for the point."""
+        """Places (N, 2) in pixels, from (N, 3) uniform numbers in [0, 1): one for the cell, two for the point.
+
+        Cells that are hardly ever drawn are never drawn (Nguyen et al. 2025, "Min-p sampling", arXiv:2407.01082).
+        """
         check_shape("uniform", uniform, len(image), 3)
         x = self._read(image, condition)
         logits = self._logits(x)
-        total = logits.flatten(1).double().softmax(1).cumsum(1)
+        total = _without_tail(logits.flatten(1).double()).softmax(1).cumsum(1)
         cell = torch.searchsorted(total, uniform[:, :1].double() * total[:, -1:], right=True)
         cell = cell.clamp(max=total.shape[1] - 1)
         corner = torch.cat((cell % logits.shape[-1], cell // logits.shape[-1]), 1)
-        a, b = (
-            log[:, :, 0, 0].float().exp() for log in self._log_shapes(self._of_cell(x, cell[:, 0])[:, :, None, None])
-        )
-        point = (1 - (1 - uniform[:, 1:]) ** (1 / b)) ** (1 / a)  # the inverse of the distribution function
+        peak, scale = (x[:, :, 0, 0].float() for x in self._peaks(self._of_cell(x, cell[:, 0])[:, :, None, None]))
+        low, high = _edges(peak, scale)
+        point = peak + scale * torch.lerp(low, high, uniform[:, 1:]).logit()  # the inverse of the distribution function
+        point = point.clamp(0, 1)
         return ((corner + point) * self.cell).clamp(max=image.shape[-1] - 1)
 
     @staticmethod
     def _of_cell(x: Tensor, cell: Tensor) -> Tensor:
         """(N, C, h, w) and numbers of cells (N,) to (N, C)."""
         return x.flatten(2)[torch.arange(len(cell), device=cell.device), :, cell]
+
+
+def _without_tail(logits: Tensor) -> Tensor:
+    """Logits (N, P) without what is far less likely than the likeliest: all of it together would be drawn at times."""
+    return logits.masked_fill(logits < logits.amax(1, keepdim=True) + math.log(LEAST_LIKELY), -math.inf)
+
+
+def _edges(peak: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logistic distributions that peak between 0 and 1, the distribution functions there."""
+    return (-peak / scale).sigmoid(), ((1 - peak) / scale).sigmoid()
 
 
 class NoiseMapping(nn.Module):

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from condgan.classifier import SceneClassifier
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
@@ -106,7 +107,8 @@ def _ready_trainer(
     for network in (generator, discriminator, noise_encoder):
         if network is not None:
             network.to(ranks.device)
-    trainer = Trainer(config, scenes, generator, discriminator, noise_encoder, ranks, accumulate)
+    verifier = _verifier(config, ranks.device)
+    trainer = Trainer(config, scenes, generator, discriminator, noise_encoder, ranks, accumulate, verifier)
     if stored is not None:
         _restore(trainer, stored)
     ranks.check_same(len(scenes.pixels), "data: not every process sees the same number of scenes")
@@ -194,6 +196,20 @@ def _fresh_networks(config: TrainConfig) -> tuple[IterativeGenerator, DiffDiscri
             raise ValueError(f"{name}: {source!r} has the configuration {pretrained.config}, the run {network.config}")
         network.load_state_dict(pretrained.state_dict())
     return generator, discriminator, noise_encoder
+
+
+def _verifier(config: TrainConfig, device: torch.device) -> SceneClassifier | None:
+    """The classifier that the run names, before it could turn out at its end not to fit."""
+    if config.verifier is None:
+        return None
+    verifier = SceneClassifier.from_pretrained(config.verifier)
+    ours, theirs = config.generator.objects, verifier.config.objects
+    if theirs != ours:
+        raise ValueError(
+            f"verifier: {config.verifier!r} knows the objects {theirs}, the configuration names {ours}: name a "
+            f"classifier of these (examples/train_classifier.py trains one), or set verifier to None"
+        )
+    return verifier.to(device).eval()
 
 
 def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:

@@ -12,7 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condgan import images as pictures
-from condgan.calibration import code_turns, correct_first_turns, fit_mapping, read_alone, recalibrate, with_noise
+from condgan.calibration import (
+    code_turns,
+    correct_first_turns,
+    fit_mapping,
+    fit_places,
+    prefer_legible_codes,
+    read_alone,
+    recalibrate,
+    with_noise,
+)
+from condgan.classifier import SceneClassifier
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.datasets import SceneDataset
 from condgan.functional import changed_region, place_of_change, roll_conditions, rollout
@@ -82,6 +92,11 @@ class TrainConfig:
     """Name, folder or hub id of a discriminator to start from; None starts afresh."""
     init_noise_encoder: str | None = None
     """Name, folder or hub id of a noise encoder to start from; None starts afresh."""
+    verifier: str | None = None
+    """Name, folder or hub id of the classifier that at the end of the run tells which codes show the object well
+    (:func:`condgan.calibration.prefer_legible_codes`), for models with a mapping; None leaves the mapping as it is."""
+    verifier_scenes: int = 28_800
+    """Scenes that are drawn for it."""
     bf16: bool = True
     """Autocast to bfloat16, on devices that multiply it (:func:`condgan.precision.fast_bfloat16`); weights, penalties
     and optimizer stay float32."""
@@ -90,7 +105,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {sorted(OBJECTIVES)}, got {self.objective!r}")
-        for name in ("batch_scenes", "penalty_interval", "ema_halflife_images"):
+        for name in ("batch_scenes", "penalty_interval", "ema_halflife_images", "verifier_scenes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("images", "reconstruction_images", "reconstruction_weight", "decay_images"):
@@ -148,6 +163,7 @@ PRESETS: dict[str, TrainConfig] = {
         decay_images=130_000,
         own_pictures=0.8,
         history_dropout=0.25,
+        verifier="verifier",
     ),
 }
 
@@ -308,6 +324,7 @@ class Trainer:
         noise_encoder: likewise; None where the configuration has none.
         ranks: the processes that train together; each takes its part of every step's scenes.
         accumulate: parts that pass the networks one after the other, for small memories; their gradients are added up.
+        verifier: the classifier that ``config.verifier`` names; it is not trained.
 
     Raises:
         ValueError: a step has too few scenes for so many ranks and parts.
@@ -322,6 +339,7 @@ class Trainer:
         noise_encoder: NoiseEncoder | None = None,
         ranks: Ranks = ALONE,
         accumulate: int = 1,
+        verifier: SceneClassifier | None = None,
     ) -> None:
         self.config = config
         self.ranks = ranks
@@ -334,6 +352,7 @@ class Trainer:
         self.generator = generator.to(memory_format=torch.channels_last).train()
         self.discriminator = discriminator.to(memory_format=torch.channels_last).train()
         self.noise_encoder = noise_encoder
+        self.verifier = verifier
         found = []
         if noise_encoder is not None:
             self.noise_encoder = noise_encoder.to(memory_format=torch.channels_last).train()
@@ -622,13 +641,24 @@ class Trainer:
 
     def export(self) -> IterativeGenerator:
         """A copy of the averaged model with batch norm statistics of its own free-running scenes, in eval mode."""
-        return self._recalibrated(copy.deepcopy(self.ema_generator))
+        generator = copy.deepcopy(self.ema_generator)
+        recalibrate(generator, F.one_hot(self.scenes.objects, self.scenes.num_objects).float())
+        return generator
 
     def finish(self, progress: bool = True) -> IterativeGenerator:
-        """What the run was for: :meth:`export`, with a mapping and a correction that fit the finished weights."""
+        """What the run was for: :meth:`export`, with mapping, place model and correction fitted to finished weights."""
         generator, scenes = copy.deepcopy(self.ema_generator), self.scenes
+        one_hot = F.one_hot(scenes.objects, scenes.num_objects).float()
         self._fit_mapping(generator, progress)
-        self._recalibrated(generator)
+        if scenes.places is not None:
+            dropout = self.config.history_dropout
+            fit_places(
+                generator, scenes.pixels, scenes.objects, scenes.places, history_dropout=dropout, progress=progress
+            )
+        recalibrate(generator, one_hot)
+        if self.verifier is not None and generator.mapping is not None:
+            drawn = self.config.verifier_scenes
+            prefer_legible_codes(generator, self.verifier, one_hot, scenes=drawn, progress=progress)
         if generator.correction is not None:
             correct_first_turns(generator, scenes.pixels[:, :2], scenes.objects[:, 0], progress=progress)
         return generator
@@ -639,10 +669,6 @@ class Trainer:
         scenes, dropout = self.scenes, self.config.history_dropout
         turns = code_turns(generator, self.noise_encoder, scenes.pixels, scenes.objects, scenes.places)
         fit_mapping(generator, turns, noise=FOUND_NOISE_STD, history_dropout=dropout, progress=progress)
-
-    def _recalibrated(self, generator: IterativeGenerator) -> IterativeGenerator:
-        recalibrate(generator, F.one_hot(self.scenes.objects, self.scenes.num_objects).float())
-        return generator
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by the names that checkpoints give them."""

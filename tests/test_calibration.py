@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from tiny import COMPACT, REFERENCE, lively_generator
 from torch import Tensor
 
-from condgan import IterativeGenerator
-from condgan.calibration import CodedTurns, code_turns, correct_first_turns, fit_mapping, recalibrate
+from condgan import IterativeGenerator, calibration
+from condgan.calibration import (
+    CodedTurns,
+    code_turns,
+    correct_first_turns,
+    fit_mapping,
+    fit_places,
+    prefer_legible_codes,
+    recalibrate,
+)
+from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.configs import NoiseEncoderConfig
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
@@ -151,3 +161,79 @@ def test_a_generator_without_mapping_is_an_error() -> None:
     turns = CodedTurns(torch.zeros(1, 6), torch.zeros(1, 12), torch.zeros(1, 12), None, None)
     with pytest.raises(ValueError, match="mapping=False"):
         fit_mapping(lively_generator(REFERENCE), turns, noise=0.1, history_dropout=0.0)
+
+
+def test_the_place_model_learns_where_which_object_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First turns stand in one cell of two pixels, where in it depends on the object. They start from own canvases."""
+    monkeypatch.setattr(calibration, "PLACE_EPOCHS", 60)
+    monkeypatch.setattr(calibration, "FIT_BATCH_SIZE", 32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        generator = IterativeGenerator(replace(COMPACT, image_size=32, window=32))
+    model = generator.place_model
+    assert model is not None
+    rng = torch.Generator().manual_seed(0)
+    generator.canvas.mean.copy_(torch.rand(3, 32, 32, generator=rng) * 2 - 1)
+    canvases = generator.canvas.mean.expand(64, -1, -1, -1)
+    pixels = torch.zeros(64, 2, 3, 32, 32, dtype=torch.uint8)
+    objects = torch.arange(64)[:, None] % 2
+    places = torch.tensor([[10.5, 14.9], [11.5, 14.4]])[objects] + 0.1 * torch.randn(64, 1, 2, generator=rng)
+    conditions = generator.encoder(torch.eye(24)[objects[:, 0]])[0].detach()
+
+    @torch.no_grad()
+    def likelihood(of: Tensor) -> float:
+        return -model.loss(canvases, conditions, of[:, 0]).mean().item()
+
+    fresh, state = likelihood(places), torch.get_rng_state()
+    fit_places(generator, pixels, objects, places, history_dropout=0.5, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert likelihood(places) > fresh + 5
+    assert likelihood(places) > likelihood(places.roll(1, 0)) + 5  # of the other object
+
+
+def test_a_generator_without_places_is_an_error() -> None:
+    pixels, objects = torch.zeros(1, 2, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 1).long()
+    with pytest.raises(ValueError, match="places=False"):
+        fit_places(lively_generator(REFERENCE), pixels, objects, torch.zeros(1, 1, 2), history_dropout=0.0)
+
+
+class Redness(torch.nn.Module):
+    """A verifier that finds a red cube where the picture is red."""
+
+    config = SceneClassifierConfig(objects=("red cube",))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 20 * (images[:, :1] - images[:, 1:2]).mean((1, 2, 3))[:, None]
+
+
+def test_the_mapping_makes_codes_that_the_verifier_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "LEGIBLE_LEARNING_RATE", 0.01)
+    monkeypatch.setattr(calibration, "LEGIBLE_BATCH_SIZE", 16)
+    verifier, red_cubes = cast(SceneClassifier, Redness()), [["red cube"]] * 100
+
+    def fitted(weight: float) -> IterativeGenerator:
+        monkeypatch.setattr(calibration, "LEGIBLE_WEIGHT", weight)
+        generator = lively_generator(replace(COMPACT, objects=("red cube",)))
+        prefer_legible_codes(generator, verifier, torch.ones(9, 1, 1), scenes=16 * 8, progress=False)
+        return generator
+
+    def legibility(generator: IterativeGenerator) -> float:
+        return verifier(draw_turns(generator, red_cubes, range(100)).images[:, -1]).mean().item()
+
+    state = torch.get_rng_state()
+    before, generator, again = lively_generator(replace(COMPACT, objects=("red cube",))), fitted(20.0), fitted(20.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert legibility(generator) > legibility(before) + 0.1
+    assert legibility(fitted(0.0)) == pytest.approx(legibility(before), abs=0.02)  # the prior holds it
+    weights, same = before.state_dict(), again.state_dict()
+    for name, value in generator.state_dict().items():
+        assert torch.equal(value, weights[name]) != name.startswith("mapping.")
+        assert torch.equal(value, same[name])
+
+
+def test_a_verifier_of_other_objects_and_a_generator_without_mapping_are_errors() -> None:
+    verifier = cast(SceneClassifier, Redness())
+    with pytest.raises(ValueError, match=r"verifier: it knows \('red cube',\), the generator \('gray cube', "):
+        prefer_legible_codes(lively_generator(COMPACT), verifier, torch.ones(1, 1, 24), scenes=1)
+    with pytest.raises(ValueError, match="mapping=False"):
+        prefer_legible_codes(lively_generator(REFERENCE), verifier, torch.ones(1, 1, 24), scenes=1)

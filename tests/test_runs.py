@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tiny import RUN
 
 from condgan import IterativeGenerator, training
+from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.datasets import SceneDataset
 from condgan.models import NoiseEncoder
 from condgan.runs import CHECKPOINT, RunLog, train
@@ -216,7 +217,7 @@ def test_a_run_can_start_from_trained_networks(data: Path, tmp_path: Path) -> No
     first, second = (IterativeGenerator.from_pretrained(tmp_path / run / "model") for run in ("first", "second"))
     weights = dict(second.named_parameters())
     for name, weight in first.named_parameters():
-        fitted_once_more = name.startswith("mapping.")  # at the end of every run
+        fitted_once_more = name.startswith(("mapping.", "place_model."))  # at the end of every run
         assert fitted_once_more != torch.equal(weight, weights[name]), name
     encoders = [NoiseEncoder.from_pretrained(tmp_path / run / "noise-encoder") for run in ("first", "second")]
     assert all(torch.equal(a, b) for a, b in zip(*(e.parameters() for e in encoders), strict=True))
@@ -227,3 +228,21 @@ def test_a_run_can_start_from_trained_networks(data: Path, tmp_path: Path) -> No
         train(data, tmp_path / "third", other, device="cpu", progress=False)
     with pytest.raises(ValueError, match=r"init_generator: .* has the configuration"):
         train(data, tmp_path / "third", dataclasses.replace(PRESETS["compact"], init_generator=config.init_generator))
+
+
+@pytest.mark.usefixtures("no_recalibration")
+def test_a_verifier_has_a_say_in_the_finished_mapping_only(data: Path, tmp_path: Path) -> None:
+    left_alone = dataclasses.replace(RUN, images=9, reconstruction_images=0, reconstruction_weight=0.0)
+    config = dataclasses.replace(left_alone, verifier="verifier", verifier_scenes=1)
+    without = train(data, tmp_path / "without", left_alone, device="cpu", progress=False)
+    told = train(data, tmp_path / "told", config, device="cpu", progress=False).state_dict()
+    changed = {name.split(".")[0] for name, value in without.state_dict().items() if not torch.equal(value, told[name])}
+    assert "mapping" in changed and changed <= {"mapping", "correction"}  # which is measured last
+
+
+def test_a_verifier_of_other_objects_is_refused_before_the_run(data: Path, tmp_path: Path) -> None:
+    classifier = SceneClassifier(SceneClassifierConfig((4,), (1,), "small", objects=("red cube",)))
+    classifier.save_pretrained(tmp_path / "classifier")
+    config = dataclasses.replace(RUN, verifier=str(tmp_path / "classifier"))
+    with pytest.raises(ValueError, match=r"verifier: '.*classifier' knows the objects \('red cube',\), the conf"):
+        train(data, tmp_path / "run", config, device="cpu", progress=False)
