@@ -10,7 +10,7 @@ import torch
 from scenes import write_iclevr_layout
 from tiny import COMPACT, REFERENCE, lively_generator
 
-from condgan import IterativeGenerator
+from condgan import IterativeGenerator, calibration
 from condgan.prepare import prepare
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads would wait for each other
@@ -41,3 +41,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 scenes, packed."""
     folder = write_iclevr_layout(tmp_path_factory.mktemp("data"), num_scenes=24, image_size=(64, 64))
     return prepare(folder, progress=False).path
+
+
+@pytest.fixture(autouse=True)
+def short_fit_of_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a run it would take longer than the runs of these tests."""
+    monkeypatch.setattr(calibration, "PLACE_EPOCHS", 1)

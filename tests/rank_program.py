@@ -121,6 +121,7 @@ def main() -> None:
     elif task == "train":
         data, out = map(Path, arguments)
         training.recalibrate = lambda generator, objects: None  # slow, and of the exported copy only
+        training.fit_places = lambda *arguments, **options: None  # likewise
         runs.train(data, out, LONG, device="cpu", checkpoint_seconds=1, progress=False)
 
 
