@@ -136,7 +136,7 @@ def fit_mapping(
         return mapping.loss(code, condition, place, light)
 
     steps = MAPPING_EPOCHS * math.ceil(len(turns.codes) / FIT_BATCH_SIZE)
-    _fit(mapping, loss, len(turns.codes), steps, MAPPING_LEARNING_RATE, "mapping", progress)
+    _fit(mapping, loss, len(turns.codes), FIT_BATCH_SIZE, steps, MAPPING_LEARNING_RATE, "mapping", progress)
 
 
 def fit_places(
@@ -178,7 +178,7 @@ def fit_places(
         return model.loss(image.to(rows.device), condition, place.to(rows.device))
 
     steps = PLACE_EPOCHS * math.ceil(len(before) / FIT_BATCH_SIZE)
-    _fit(model, loss, len(before), steps, PLACE_LEARNING_RATE, "places", progress)
+    _fit(model, loss, len(before), FIT_BATCH_SIZE, steps, PLACE_LEARNING_RATE, "places", progress)
 
 
 @torch.no_grad()
@@ -236,7 +236,7 @@ def prefer_legible_codes(
                 place = None if places is None else places.sample(image, condition, uniform.to(device))
                 context = condition, place, generator.read_light(image)
             code = mapping(z.to(device), *context)
-            with autocast(device, True):
+            with autocast(device):
                 drawn = generator.synthesis(code, condition, image, place).float()
                 logits = verifier(drawn).float()
             misread = F.binary_cross_entropy_with_logits(logits, chosen[:, : turn + 1].amax(1), reduction="none").sum(1)
@@ -251,7 +251,7 @@ def prefer_legible_codes(
 
     steps, rate = math.ceil(scenes / LEGIBLE_BATCH_SIZE), LEGIBLE_LEARNING_RATE
     with evaluating(generator), evaluating(verifier):
-        _fit(mapping, loss, len(objects), steps, rate, "legible codes", progress, LEGIBLE_BATCH_SIZE)
+        _fit(mapping, loss, len(objects), LEGIBLE_BATCH_SIZE, steps, rate, "legible codes", progress)
 
 
 def _mixed(following: Tensor, alone: Tensor, rows: Tensor, share_alone: float, rng: torch.Generator) -> Tensor:
@@ -264,14 +264,13 @@ def _fit(
     module: nn.Module,
     loss: Callable[[Tensor, torch.Generator], Tensor],
     count: int,
+    batch_size: int,
     steps: int,
     learning_rate: float,
     name: str,
     progress: bool,
-    batch_size: int | None = None,
 ) -> None:
     """Minimise the mean of a loss that takes the numbers of some of ``count`` samples and a random source."""
-    batch_size = batch_size or FIT_BATCH_SIZE
     weights = [*module.parameters()]
     device = next(module.parameters()).device
     trainable = next(module.parameters()).requires_grad
