@@ -194,7 +194,13 @@ def _empty_scenes(generator: IterativeGenerator, count: int) -> Tensor:
 
 
 def prefer_legible_codes(
-    generator: IterativeGenerator, verifier: SceneClassifier, objects: Tensor, *, scenes: int, progress: bool = True
+    generator: IterativeGenerator,
+    verifier: SceneClassifier,
+    objects: Tensor,
+    *,
+    scenes: int,
+    bf16: bool = True,
+    progress: bool = True,
 ) -> None:
     """Have the mapping make codes of which the verifier can tell the object, and else as before.
 
@@ -210,6 +216,7 @@ def prefer_legible_codes(
         verifier: finds the objects in a picture; never the judge that reports.
         objects: (S, T, K) multi-hot objects of scenes to draw from.
         scenes: how many are drawn.
+        bf16: draw and look in bfloat16 where that is fast.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -229,14 +236,14 @@ def prefer_legible_codes(
         chosen = objects[rows.to(objects.device)].to(device)
         losses: list[Tensor] = []
 
-        def draw_turn(turn: int, condition: Tensor, image: Tensor, wanted: object) -> DrawnTurn:
+        def draw_turn(turn: int, condition: Tensor, image: Tensor, rest: Tensor, wanted: object) -> DrawnTurn:
             condition = condition.detach()
             uniform, z = torch.rand(len(rows), 3, generator=rng), torch.randn(len(rows), generator.z_dim, generator=rng)
             with torch.no_grad():
                 place = None if places is None else places.sample(image, condition, uniform.to(device))
                 context = condition, place, generator.read_light(image)
             code = mapping(z.to(device), *context)
-            with autocast(device):
+            with autocast(device, bf16):
                 drawn = generator.synthesis(code, condition, image, place).float()
                 logits = verifier(drawn).float()
             misread = F.binary_cross_entropy_with_logits(logits, chosen[:, : turn + 1].amax(1), reduction="none").sum(1)

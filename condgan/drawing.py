@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from condgan.canvas import Canvas
 from condgan.derived import steady_weights
 from condgan.functional import ConditionEncoder, encode_objects, evaluating, roll_conditions
-from condgan.images import from_uint8, to_uint8
+from condgan.images import round_canvas, round_turn
 from condgan.requests import MAX_SEED, AskedModel, Place, parse_request, parse_seed, parse_whole
 from condgan.results import Drawing, Turn, exact_probability, target_objects
 
@@ -76,7 +76,7 @@ def draw_turns(
     *,
     places: Sequence[Sequence[Place | None]] | None = None,
     start: Tensor | None = None,
-    draw_turn: Callable[[range, int, Tensor, Tensor, Sequence[Place | None]], DrawnTurn] | None = None,
+    draw_turn: Callable[[range, int, Tensor, Tensor, Tensor, Sequence[Place | None]], DrawnTurn] | None = None,
 ) -> Turns:
     """Draw one picture for each list of objects and seed.
 
@@ -91,7 +91,8 @@ def draw_turns(
         places: for each object its centre in pixels (x, y), or None to have it drawn.
         start: (N, 3, H, W) float32 in [-1, 1], pictures to draw on; None draws empty scenes.
         draw_turn: draws one turn of a part of the pictures, given which ones, the turn's number, conditions (n, D),
-            pictures so far (n, 3, H, W) and asked places; None draws it once, with the random numbers that come next.
+            pictures so far (n, 3, H, W), what rounding took from them, and asked places; None draws it once, with the
+            random numbers that come next.
 
     Returns:
         :class:`Turns`, on the CPU.
@@ -163,7 +164,7 @@ def iterate_turns(
     rngs: Sequence[torch.Generator],
     asked: Sequence[Sequence[Place | None]],
     start: Tensor | None,
-    draw_turn: Callable[[int, Tensor, Tensor, Sequence[Place | None]], DrawnTurn] | None = None,
+    draw_turn: Callable[[int, Tensor, Tensor, Tensor, Sequence[Place | None]], DrawnTurn] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The canvas, then turn after turn of one batch: pictures (N, 3, H, W) and places (N, 2), both on the CPU.
 
@@ -171,7 +172,7 @@ def iterate_turns(
     ``draw_turn`` is as in :func:`draw_turns`, for these pictures.
     """
     weight = next(generator.parameters())
-    image = from_uint8(to_uint8(generator.canvas(*_canvas_noise(generator, rngs))))  # grain fades if rounded later
+    image, rest = round_canvas(generator.canvas(*_canvas_noise(generator, rngs)))
     if start is not None:
         image = start.to(weight.device)
     image = image.contiguous(memory_format=torch.channels_last)  # convolutions are faster so
@@ -182,9 +183,9 @@ def iterate_turns(
         if draw_turn is None:
             drawn, place = _draw_turn(generator, _turn_noise(generator, rngs), condition, image, wanted)
         else:
-            drawn, place = draw_turn(turn, condition, image, wanted)
+            drawn, place = draw_turn(turn, condition, image, rest, wanted)
         present = objects[:, turn].any(1)
-        image = torch.where(present.to(weight.device)[:, None, None, None], drawn, image)
+        image, rest = round_turn(image, torch.where(present.to(weight.device)[:, None, None, None], drawn, image), rest)
         yield image.cpu(), None if place is None else place.cpu().masked_fill(~present[:, None], math.nan)
 
 
@@ -336,14 +337,15 @@ def best_turns(
     draws = [[1] * len(scene) for scene in scenes]
 
     def draw_turn(
-        pictures: range, turn: int, condition: Tensor, image: Tensor, wanted: Sequence[Place | None]
+        pictures: range, turn: int, condition: Tensor, image: Tensor, rest: Tensor, wanted: Sequence[Place | None]
     ) -> DrawnTurn:
         def draw_candidate(candidate: int, rows: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
             chosen = [pictures[row] for row in rows]
             rngs = [_source_of_turn(generator, _candidate_seed(seeds[i], candidate), turn) for i in chosen]
             noise, asked = _turn_noise(generator, rngs), [wanted[row] for row in rows]
             drawn, place = _draw_turn(generator, noise, condition[rows], image[rows], asked)
-            return drawn, place, exact_probability(drawn, targets[turn][chosen])
+            seen, _ = round_turn(image[rows], drawn, rest[rows])
+            return drawn, place, exact_probability(seen, targets[turn][chosen])
 
         drawn, place, score = draw_candidate(0, [*range(len(pictures))])
         there = [row for row, i in enumerate(pictures) if turn < len(scenes[i])]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condgan.images import round_turn
 from condgan.vocab import Vocabulary
 
 CHANGE_THRESHOLD = 50 / 255
@@ -120,6 +121,7 @@ def rollout(
     start: Tensor,
     places: Tensor | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
+    rest: Tensor | None = None,
 ) -> Tensor:
     """Draw scenes turn by turn, each turn on the picture of the turn before.
 
@@ -131,6 +133,8 @@ def rollout(
         start: (N, 3, H, W) or (3, H, W) canvas before the first turn, in [-1, 1].
         places: (N, T, 2) centres in pixels (x, y), for generators that know places; padding may be NaN.
         callback: called after every turn with its number and the pictures (N, 3, H, W).
+        rest: (N, 3, H, W), what rounding to 256 levels took from ``start``: every picture is rounded too, as in
+            ``generate`` (:func:`condgan.images.round_turn`). None leaves pictures, and gradients, as they are.
 
     Returns:
         (N, T, 3, H, W) in [-1, 1]: the picture after every turn. A turn whose condition is all zeros (padding)
@@ -155,6 +159,8 @@ def rollout(
         raise ValueError(f"start must be ({n}, 3, H, W) or (3, H, W), got {tuple(start.shape)}")
     if start.numel() and start.abs().amax() > 1 + RANGE_TOLERANCE:
         raise ValueError(f"start must be in [-1, 1], got values up to {start.abs().amax():.4g} in size")
+    if rest is not None and rest.shape != (n, *start.shape[-3:]):
+        raise ValueError(f"rest must be {(n, *start.shape[-3:])}, got {tuple(rest.shape)}")
     present = conditions.ne(0).any(2)  # (N, T)
     if places is not None:
         if places.shape != (n, turns, 2):
@@ -165,7 +171,11 @@ def rollout(
     images = []
     for turn in range(turns):
         drawn = generator(z[:, turn], conditions[:, turn], image, None if places is None else places[:, turn])
-        image = torch.where(present[:, turn, None, None, None], drawn, image)
+        drawn = torch.where(present[:, turn, None, None, None], drawn, image)
+        if rest is None:
+            image = drawn
+        else:
+            image, rest = round_turn(image, drawn, rest)
         images.append(image)
         if callback is not None:
             callback(turn, image)

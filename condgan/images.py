@@ -15,6 +15,11 @@ from torch import Tensor
 
 ROUNDING = 1e-4
 """How far beyond [-1, 1] a tensor may be from rounding errors alone; it is clipped."""
+LEVEL = 1 / 127.5
+"""Distance of two of the 256 levels of a picture in [-1, 1]."""
+GRAIN = 0.05
+"""Share of pixels that are a level off, up or down, where :func:`dithered` is given whole levels: about as many as
+differ between two pictures of i-CLEVR far from all that was changed."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -25,6 +30,60 @@ def to_uint8(images: Tensor) -> Tensor:
 def from_uint8(pixels: Tensor) -> Tensor:
     """uint8 to float32 in [-1, 1], any shape; the inverse of :func:`to_uint8`."""
     return pixels.float() / 127.5 - 1
+
+
+def dithered(images: Tensor, uniform: Tensor) -> Tensor:
+    """Bring pictures to 256 levels by chance: each value to one of those next to it, so that the mean stays.
+
+    A soft shadow of less than half a level would be lost in rounding. So it shows as in a real picture: some pixels are
+    a level darker. And as in a real one, which is rendered anew, a few pixels change where nothing else does
+    (:data:`GRAIN`).
+
+    Args:
+        images: floating point in [-1, 1], any shape; values outside are clipped.
+        uniform: uniform numbers in [0, 1), of the same shape.
+
+    Returns:
+        float32, exactly what :func:`from_uint8` gives.
+
+    Source: random dither, Roberts 1962, "Picture coding using pseudo-random noise".
+    """
+    # To rounding errors of -0.5 to 0.5 levels, which keep the mean, grain of another uniform number is added. The sum
+    # has a density of 1 in the middle and falls in a straight line to 0 at the ends, and this is its quantile function.
+    grain = 2 * GRAIN  # its largest size in levels
+    distance = (uniform - 0.5).abs()
+    end = 0.5 + grain - (4 * grain * (0.5 - distance)).sqrt()
+    offset = torch.where(distance < 0.5 - grain, distance, end).copysign(uniform - 0.5)
+    return from_uint8(to_uint8(images.float() + LEVEL * offset))
+
+
+def round_turn(before: Tensor, after: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring a turn's picture to 256 levels and carry what rounding takes to the next turn.
+
+    A soft shadow of less than half a level then shows as in a real picture, though the generator sees, and draws on,
+    whole levels: pixels that were near to the next level reach it. Turn after turn no noise is added.
+
+    Args:
+        before: (N, 3, H, W) in [-1, 1], the picture that the turn drew on.
+        after: likewise, what it made of it. Where the two are equal the picture stays as it was.
+        rest: (N, 3, H, W), what earlier rounding took from ``before``, at most half a level.
+
+    Returns:
+        The picture, and what rounding has taken from it.
+    """
+    wanted = after + rest
+    same, image = after == before, from_uint8(to_uint8(wanted))
+    return torch.where(same, before, image), torch.where(same, rest, _rest(wanted, image))
+
+
+def round_canvas(canvas: Tensor) -> tuple[Tensor, Tensor]:
+    """An empty scene in [-1, 1] at 256 levels, and what rounding has taken from it, both (N, 3, H, W)."""
+    image = from_uint8(to_uint8(canvas))
+    return image, _rest(canvas, image)
+
+
+def _rest(wanted: Tensor, image: Tensor) -> Tensor:
+    return (wanted - image).clamp(-LEVEL / 2, LEVEL / 2)  # more only beyond black and white
 
 
 def to_pil(image: Tensor) -> Image.Image:

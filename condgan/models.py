@@ -110,9 +110,12 @@ class IterativeGenerator(PretrainedModel):
         self.num_blocks = num_blocks
         self.bn = nn.BatchNorm2d(widths[-1])
         self.ac = nn.LeakyReLU(NEGATIVE_SLOPE)
-        self.conv = nn.Conv2d(widths[-1] + (known if skips else 0), 4 if skips else 3, 3, padding=1)
-        if skips:  # a fresh generator keeps most of the previous picture
-            nn.init.constant_(self.conv.get_parameter("bias")[3:], -2.0)
+        self.conv = nn.Conv2d(widths[-1] + (known if skips else 0), 7 if skips else 3, 3, padding=1)
+        if skips:  # a fresh generator keeps most of the previous picture, and adds nothing to it
+            weight, bias = self.conv.get_parameter("weight"), self.conv.get_parameter("bias")
+            nn.init.constant_(bias[3], -2.0)
+            nn.init.zeros_(weight[4:])
+            nn.init.zeros_(bias[4:])
         self.tanh = nn.Tanh()
 
         self.canvas = Canvas(config.image_size, config.light_components)
@@ -218,8 +221,9 @@ class IterativeGenerator(PretrainedModel):
             return self.tanh(self.conv(x)).to(prev_image.dtype)
         x = self.conv(torch.cat((x, known), 1))
         x = x.to(prev_image.dtype)  # blended at full precision: what stays, stays exact
-        mask = torch.sigmoid(x[:, 3:])  # (N, 1, H, W)
-        return torch.lerp(prev_image, self.tanh(x[:, :3]), mask)
+        drawn, mask, faint = x.split((3, 1, 3), 1)
+        blended = torch.lerp(prev_image, self.tanh(drawn), mask.sigmoid())
+        return blended.add(faint, alpha=pictures.LEVEL).clamp(-1, 1)
 
     def generate(
         self,

@@ -247,7 +247,9 @@ class TrainingScenes:
         if fit_canvas:
             generator.canvas.fit(first, progress=progress)
         if generator.config.light_components:
-            empty = generator.canvas.remove_objects(first)
+            empty = pictures.from_uint8(pictures.to_uint8(generator.canvas.remove_objects(first)))
+            uniform = torch.rand(empty.shape, generator=torch.Generator().manual_seed(0))
+            empty = pictures.dithered(empty, uniform)  # the next picture is another rendering, with grain of its own
         else:
             empty = generator.canvas.mean.expand_as(first)
         if fit_canvas and generator.light is not None:
@@ -307,10 +309,17 @@ def _own_parts(scenes: int, ranks: Ranks, accumulate: int) -> list[Part]:
     return [Part(starts[i], starts[i + 1] - starts[i], scenes) for i in ours]
 
 
-def _rounded(images: Tensor) -> Tensor:
-    """Pictures in [-1, 1] at the nearest of 256 levels; the gradient passes as if they were not."""
-    levels = ((images.detach() + 1) * 127.5).round() / 127.5 - 1
-    return images + (levels - images).detach()
+def _dithered(images: Tensor, uniform: Tensor) -> Tensor:
+    """Pictures in [-1, 1] at 256 levels (:func:`condgan.images.dithered`); the gradient passes as if they were not."""
+    return images + (pictures.dithered(images.detach(), uniform) - images).detach()
+
+
+def _distance(error: Tensor) -> Tensor:
+    """Absolute values of differences of pictures; below a level, which is what rounding makes, squares.
+
+    So the sum is least where means are right: the median of a soft shadow of less than half a level is no shadow.
+    """
+    return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=pictures.LEVEL)
 
 
 class Trainer:
@@ -449,6 +458,8 @@ class Trainer:
         count, before_ours = int(own.sum()), int(chosen[: part.first].sum())
         z = torch.randn(int(chosen.sum()), turns, self.config.generator.z_dim, generator=rng)
         z = z[before_ours : before_ours + count].to(self.device)
+        rest = (torch.rand(int(chosen.sum()), *batch.images.shape[1:], generator=rng) - 0.5) * pictures.LEVEL
+        rest = rest[before_ours : before_ours + count].to(self.device)
         own = own.to(self.device)
         rows = own.repeat_interleave(turns)
         prev_images = batch.prev_images.clone()
@@ -456,7 +467,7 @@ class Trainer:
         places = None if batch.places is None else batch.places[rows].unflatten(0, (count, turns))
         start_images = prev_images[rows].unflatten(0, (count, turns))[:, 0]
         with torch.no_grad(), self._autocast():
-            drawn = rollout(self.ema_generator, batch.objects[own], z, start_images, places).float()
+            drawn = rollout(self.ema_generator, batch.objects[own], z, start_images, places, rest=rest)
         before = torch.cat((start_images[:, None], drawn[:, :-1]), 1).flatten(0, 1)
         changed = changed_region(prev_images[rows], images[rows])[:, None]
         shaded = (before + images[rows] - prev_images[rows]).clamp(-1, 1)  # soft shadows fall on what was drawn
@@ -481,6 +492,11 @@ class Trainer:
         rng = _step_rng(self.config.seed, self.step, purpose)
         return batch.rows(torch.randn(batch.part.total * batch.turns, self.config.generator.z_dim, generator=rng))
 
+    def _uniform(self, batch: Batch) -> Tensor:
+        """Numbers in [0, 1) for every value of these pictures, (N, 3, H, W)."""
+        rng = _step_rng(self.config.seed, self.step, "dither")
+        return batch.rows(torch.rand(batch.part.total * batch.turns, *batch.images.shape[1:], generator=rng))
+
     def _autocast(self) -> torch.autocast:
         return autocast(self.device, self.config.bf16)
 
@@ -501,9 +517,9 @@ class Trainer:
         weight = torch.where(ghost, FRAGILE_WEIGHT, weight)[:, None]
         error = fake.float() - batch.images
         size = self.config.generator.window or self.config.generator.image_size
-        total = (weight * error.abs()).sum((1, 2, 3))
-        total = total + (weight[:, :, :, 1:] * error.diff(dim=3).abs()).sum((1, 2, 3))
-        total = total + (weight[:, :, 1:] * error.diff(dim=2).abs()).sum((1, 2, 3))
+        total = (weight * _distance(error)).sum((1, 2, 3))
+        total = total + (weight[:, :, :, 1:] * _distance(error.diff(dim=3))).sum((1, 2, 3))
+        total = total + (weight[:, :, 1:] * _distance(error.diff(dim=2))).sum((1, 2, 3))
         return total / (3 * size**2)
 
     def _found_code(self, batch: Batch) -> Tensor:
@@ -563,7 +579,7 @@ class Trainer:
             code = torch.where(found[:, None], found_code, code)
         with self._autocast():
             drawn = self.generator.synthesis(code, conditions, batch.prev_images, batch.places).float()
-        fake = _rounded(drawn)  # as users see it: the discriminator shall not judge what rounding hides
+        fake = _dithered(drawn, self._uniform(batch))  # as users see it
         real_input = batch.images.clone().requires_grad_(penalised)
         with self._autocast():
             pair = self.discriminator.compare(batch.prev_images, [fake, real_input], conditions.detach(), batch.places)
@@ -657,8 +673,8 @@ class Trainer:
             )
         recalibrate(generator, one_hot)
         if self.verifier is not None and generator.mapping is not None:
-            drawn = self.config.verifier_scenes
-            prefer_legible_codes(generator, self.verifier, one_hot, scenes=drawn, progress=progress)
+            drawn, bf16 = self.config.verifier_scenes, self.config.bf16
+            prefer_legible_codes(generator, self.verifier, one_hot, scenes=drawn, bf16=bf16, progress=progress)
         if generator.correction is not None:
             correct_first_turns(generator, scenes.pixels[:, :2], scenes.objects[:, 0], progress=progress)
         return generator

@@ -302,8 +302,9 @@ def draw(
     if not blend:
         return torch.tanh(convolution(generator.conv, x))
     x = convolution(generator.conv, torch.cat((x, known), 1))
-    mask = sigmoid(x[:, 3:])
-    return mask * torch.tanh(x[:, :3]) + (1 - mask) * prev_image
+    mask = sigmoid(x[:, 3:4])
+    image = mask * torch.tanh(x[:, :3]) + (1 - mask) * prev_image + x[:, 4:] / 127.5
+    return torch.clamp(image, -1, 1)
 
 
 def discriminate(

@@ -82,7 +82,8 @@ def test_corrected_first_turns_answer_to_the_light_as_real_ones_do() -> None:
     ramp = torch.linspace(-0.1, 0.1, 64)
     scenes = [[name] for name in config.objects] * 80
     for network in (generator, teacher):
-        torch.nn.init.constant_(network.conv.get_parameter("bias")[3:], -100.0)  # the mask is shut
+        torch.nn.init.constant_(network.conv.get_parameter("bias")[3], -100.0)  # the mask is shut
+        torch.nn.init.zeros_(network.conv.get_parameter("weight")[4:])  # and nothing faint is added
         network.canvas.mean.zero_()
         network.canvas.components.copy_(
             torch.stack((ramp.expand(64, 64), ramp[:, None].expand(64, 64), 0 * ramp.expand(64, 64)))[:, None]
@@ -207,21 +208,21 @@ class Redness(torch.nn.Module):
 
 
 def test_the_mapping_makes_codes_that_the_verifier_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "LEGIBLE_LEARNING_RATE", 0.01)
+    monkeypatch.setattr(calibration, "LEGIBLE_LEARNING_RATE", 0.02)
     monkeypatch.setattr(calibration, "LEGIBLE_BATCH_SIZE", 16)
     verifier, red_cubes = cast(SceneClassifier, Redness()), [["red cube"]] * 100
 
     def fitted(weight: float) -> IterativeGenerator:
         monkeypatch.setattr(calibration, "LEGIBLE_WEIGHT", weight)
         generator = lively_generator(replace(COMPACT, objects=("red cube",)))
-        prefer_legible_codes(generator, verifier, torch.ones(9, 1, 1), scenes=16 * 8, progress=False)
+        prefer_legible_codes(generator, verifier, torch.ones(9, 1, 1), scenes=16 * 16, progress=False)
         return generator
 
     def legibility(generator: IterativeGenerator) -> float:
         return verifier(draw_turns(generator, red_cubes, range(100)).images[:, -1]).mean().item()
 
     state = torch.get_rng_state()
-    before, generator, again = lively_generator(replace(COMPACT, objects=("red cube",))), fitted(20.0), fitted(20.0)
+    before, generator, again = lively_generator(replace(COMPACT, objects=("red cube",))), fitted(40.0), fitted(40.0)
     assert torch.equal(torch.get_rng_state(), state)
     assert legibility(generator) > legibility(before) + 0.1
     assert legibility(fitted(0.0)) == pytest.approx(legibility(before), abs=0.02)  # the prior holds it

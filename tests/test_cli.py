@@ -42,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             GeneratorConfig(width=4, z_dim=4, condition_dim=8, output="blend", places=True, light_components=2)
         )
         with torch.no_grad():
-            generator.conv.bias[3:] = 1.0  # each turn is seen in the picture
+            generator.conv.bias[3] = 1.0  # each turn is seen in the picture
         generator.save_pretrained(folder / "iclevr-64")
         IterativeGenerator(tiny).save_pretrained(folder / "plain")
         IterativeGenerator(tiny).save_pretrained(folder / "corrupt")

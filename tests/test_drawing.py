@@ -85,7 +85,9 @@ def test_drawing_is_a_rollout_with_the_noise_of_the_seed(generator: IterativeGen
     result = generator.generate(scene, seed=9, at=at)
     rng = torch.Generator().manual_seed(9)
     light = torch.randn(1, generator.config.light_components, generator=rng)
-    start = from_uint8(to_uint8(generator.canvas(light, torch.randn(1, 3, 64, 64, generator=rng))))
+    canvas = generator.canvas(light, torch.randn(1, 3, 64, 64, generator=rng))
+    start = from_uint8(to_uint8(canvas))
+    rest = (canvas - start).clamp(-0.5 / 127.5, 0.5 / 127.5)
     noise = []
     for _ in scene:
         torch.rand(3, generator=rng)
@@ -93,7 +95,7 @@ def test_drawing_is_a_rollout_with_the_noise_of_the_seed(generator: IterativeGen
     places = None if at is None else torch.tensor([at])
     with torch.no_grad():
         conditions, _ = roll_conditions(generator.encoder, encode_objects([scene]))
-        wanted = rollout(generator, conditions, torch.stack(noise)[None], start, places)
+        wanted = rollout(generator, conditions, torch.stack(noise)[None], start, places, rest=rest)
     assert torch.equal(result.trajectory[:, 0], start)
     assert torch.equal(result.trajectory[:, 1:], wanted)
 
@@ -258,6 +260,11 @@ def test_nothing_that_is_drawn_has_a_gradient(generator: IterativeGenerator) -> 
 # Turns
 
 
+def test_drawn_pictures_have_whole_levels(generator: IterativeGenerator) -> None:
+    images = draw_turns(generator, SCENES[:3], [1, 2, 3]).images
+    assert torch.equal(images, from_uint8(to_uint8(images)))
+
+
 def test_short_scenes_repeat_their_last_picture(compact: IterativeGenerator) -> None:
     turns = draw_turns(compact, SCENES[:3], [1, 2, 3])
     assert turns.images.shape == (3, 4, 3, 64, 64)
@@ -280,8 +287,10 @@ def test_a_batch_on_a_gpu_is_what_comes_one_by_one(
     wanted = draw_turns(compact, SCENES, seeds, places=places)
     monkeypatch.setattr(drawing, "CPU_BATCH", 4)
     batched = draw_turns(compact, SCENES, seeds, places=places)
-    torch.testing.assert_close(batched.images, wanted.images, rtol=0, atol=1e-4)
-    torch.testing.assert_close(batched.places, wanted.places, rtol=0, atol=1e-4, equal_nan=True)
+    levels_off = 127.5 * (batched.images - wanted.images).abs()  # last bits decide which level is the nearest
+    assert levels_off.max() < 4
+    assert (levels_off > 0.5).float().mean() < 1e-3
+    torch.testing.assert_close(batched.places, wanted.places, rtol=0, atol=1e-2, equal_nan=True)
     assert torch.equal(batched.lengths, wanted.lengths)
 
 

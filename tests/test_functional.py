@@ -351,6 +351,7 @@ def test_any_generator_of_the_signature_can_be_rolled_out() -> None:
         ({"start": torch.zeros(3, 3, 16, 16)}, r"prev_image must be \(N, 3, 32, 32\), got \(3, 3, 16, 16\)"),
         ({"start": torch.full((3, 32, 32), math.nan)}, "start holds NaN"),
         ({"start": torch.full((3, 32, 32), 255.0)}, r"start must be in \[-1, 1\], got values up to 255"),
+        ({"rest": torch.rand(3, 1, 1)}, r"rest must be \(3, 3, 32, 32\), got \(3, 1, 1\)"),
         ({"places": torch.zeros(3, 2)}, r"places must be \(3, 3, 2\), got \(3, 2\)"),
         ({"places": torch.full((3, 3, 2), math.nan)}, "places holds NaN"),
         ({"places": None}, r"place must be \(3, 2\) pixels \(x, y\), got None"),

@@ -12,7 +12,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from condgan.images import from_uint8, grid, load_image, read_pixels, resize, to_pil, to_rgb, to_tensor, to_uint8
+from condgan.images import (
+    GRAIN,
+    LEVEL,
+    dithered,
+    from_uint8,
+    grid,
+    load_image,
+    read_pixels,
+    resize,
+    round_canvas,
+    round_turn,
+    to_pil,
+    to_rgb,
+    to_tensor,
+    to_uint8,
+)
 
 GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOUR = np.stack([GRAY, GRAY[::-1], GRAY.T], 2)  # (16, 16, 3)
@@ -46,6 +61,52 @@ def test_to_uint8_leaves_its_input_alone() -> None:
     values = torch.tensor([0.3, 2.0])
     to_uint8(values)
     assert torch.equal(values, torch.tensor([0.3, 2.0]))
+
+
+def test_dither_keeps_the_mean_of_what_is_less_than_a_level() -> None:
+    rng = torch.Generator().manual_seed(0)
+    for share in (0.1, 0.5, 0.8):
+        faint = from_uint8(torch.tensor(100)) + share / 127.5
+        levels = to_uint8(dithered(faint.expand(20_000), torch.rand(20_000, generator=rng))).float()
+        assert levels.mean().item() == pytest.approx(100 + share, abs=0.015)
+        assert (levels - 100 - share).abs().max() < 1.03
+
+
+def test_dither_moves_a_few_whole_levels() -> None:
+    levels = from_uint8(torch.full((50_000,), 100, dtype=torch.uint8))
+    counts = to_uint8(dithered(levels, torch.rand(50_000, generator=torch.Generator().manual_seed(0)))).bincount()
+    assert counts.nonzero().flatten().tolist() == [99, 100, 101]
+    assert counts[99].item() == pytest.approx(50_000 * GRAIN / 2, rel=0.1)
+    assert counts[101].item() == pytest.approx(50_000 * GRAIN / 2, rel=0.1)
+
+
+def test_dithered_pictures_are_whole_levels_in_range() -> None:
+    uniform = torch.rand(10_000, generator=torch.Generator().manual_seed(1))
+    images = dithered(torch.linspace(-1.5, 1.5, 10_000), uniform)
+    assert torch.equal(images, from_uint8(to_uint8(images)))
+    assert (images.min(), images.max()) == (-1, 1)
+
+
+def test_what_rounding_takes_is_carried_to_the_next_turn() -> None:
+    canvas = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
+    image, rest = round_canvas(canvas)
+    assert torch.equal(image, from_uint8(to_uint8(canvas)))
+    for turn in range(1, 6):  # each a third of a level darker
+        image, rest = round_turn(image, image - LEVEL / 3, rest)
+        assert torch.equal(image, from_uint8(to_uint8(image)))
+        assert rest.abs().max() <= LEVEL / 2
+        torch.testing.assert_close(image + rest, canvas - turn * LEVEL / 3, rtol=0, atol=1e-5)
+
+
+def test_rounding_leaves_alone_what_a_turn_left_alone() -> None:
+    before = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))  # not of whole levels
+    rest, after = torch.full_like(before, 0.4 * LEVEL), before.clone()
+    after[:, :, 8:16, 4:9] += 0.01
+    image, left = round_turn(before, after, rest)
+    assert torch.equal(image, from_uint8(to_uint8(after + rest)).where(after != before, before))
+    assert torch.equal(left[:, :, 16:], rest[:, :, 16:])
+    image, left = round_turn(before, after + 9, rest)
+    assert (image.max(), left.max()) == (1, LEVEL / 2), "what is beyond white is not carried on"
 
 
 def test_pil_and_tensor_are_inverse() -> None:

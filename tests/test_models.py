@@ -528,14 +528,25 @@ def test_blended_generators_see_the_previous_picture_at_every_resolution(size: i
 
 
 @torch.no_grad()
+def add_nothing_faint(generator: IterativeGenerator) -> None:
+    for parameter in generator.conv.parameters():
+        parameter[4:] = 0
+
+
+@torch.no_grad()
 def test_where_the_mask_is_shut_the_previous_picture_stays_bit_for_bit() -> None:
     config = GENERATORS[2]
     generator = randomise(IterativeGenerator(config))
     arguments = generator_input(config)
     assert not torch.equal(generator(*arguments), arguments[2])
     generator.conv.bias[3] = -1000.0
+    add_nothing_faint(generator)
     assert torch.equal(generator(*arguments), arguments[2])
+    generator.conv.bias[4:] = torch.tensor([0.5, 0.0, -2.0])  # levels
+    levels = 127.5 * (generator(*arguments) - arguments[2]).mean((0, 2, 3))
+    torch.testing.assert_close(levels, torch.tensor([0.5, 0.0, -2.0]), rtol=0, atol=0.02)
     generator.conv.bias[3] = 1000.0
+    add_nothing_faint(generator)
     generator.conv.bias[:3] = torch.tensor([1000.0, -1000.0, 1000.0])
     expected = torch.tensor([1.0, -1.0, 1.0])[:, None, None].expand_as(arguments[2])
     assert torch.equal(generator(*arguments), expected)
@@ -566,6 +577,7 @@ def test_a_generator_in_bfloat16_draws_on_a_finer_picture_and_keeps_its_dtype(co
     assert generator(z, condition, prev_image.bfloat16(), place).dtype == torch.bfloat16
     if config.output == "blend":
         generator.conv.bias[3] = -1000.0
+        add_nothing_faint(generator)
         assert torch.equal(generator(z, condition, prev_image, place), prev_image)  # not rounded to bfloat16
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from condgan import Drawing, IterativeGenerator, drawing, results
 from condgan.classifier import SceneClassifierConfig
-from condgan.drawing import CANDIDATE_STRIDE, draw_turns, random_source
+from condgan.drawing import CANDIDATE_STRIDE, random_source
 from condgan.functional import encode_objects, roll_conditions
-from condgan.images import load_image, to_pil, to_uint8
+from condgan.images import load_image, round_canvas, round_turn, to_pil, to_uint8
 from condgan.results import Found
 
 
@@ -303,9 +303,14 @@ def test_a_turn_is_drawn_until_it_is_good_and_goes_on_from_the_best(
     assert result.scores is not None and result.places is not None and result.draws is not None
     for i, scene in enumerate(result.conditions):
         image = result.trajectory[i, 0]
-        assert torch.equal(image, draw_turns(compact, [scene], [40 + i]).images[0, 0])
+        rng = random_source(40 + i)
+        light = torch.randn(1, compact.config.light_components, generator=rng)
+        start, rest = round_canvas(compact.canvas(light, torch.randn(1, 3, 64, 64, generator=rng)))
+        assert torch.equal(image, start[0])
         for turn in range(len(scene)):
-            candidates = candidates_of_a_turn(compact, scene, turn, image, 40 + i, 4)
+            drawn = candidates_of_a_turn(compact, scene, turn, image, 40 + i, 4)
+            rounded = [round_turn(image, candidate, rest[0]) for candidate, _ in drawn]
+            candidates = [(candidate, place) for (candidate, _), (_, place) in zip(rounded, drawn, strict=True)]
             asked = set(scene[: turn + 1])
             scores = [exact_probability(verifier, candidate, asked) for candidate, _ in candidates]
             first_good = next((k for k, score in enumerate(scores) if score >= good), None)
@@ -313,6 +318,7 @@ def test_a_turn_is_drawn_until_it_is_good_and_goes_on_from_the_best(
             assert result.draws[i][turn] == (4 if first_good is None else first_good + 1)
             image, place = result.trajectory[i, turn + 1], result.places[i][turn]
             torch.testing.assert_close(image, candidates[best][0], rtol=0, atol=1e-5)
+            rest = rounded[best][1][None]
             assert place == pytest.approx(candidates[best][1].tolist(), abs=1e-4)
         assert result.scores[i] == pytest.approx(scores[best], rel=1e-3)
         assert torch.equal(result.tensor[i], image), "a short scene keeps its last picture"
@@ -379,7 +385,9 @@ def test_redrawn_turns_of_a_batch_on_a_gpu_are_those_that_come_one_by_one(
     wanted = compact.generate(SCENES, seed=60, best_of=3, redraw="turn")
     monkeypatch.setattr(drawing, "CPU_BATCH", 4)
     batched = compact.generate(SCENES, seed=60, best_of=3, redraw="turn")
-    torch.testing.assert_close(batched.trajectory, wanted.trajectory, rtol=0, atol=1e-4)
+    levels_off = 127.5 * (batched.trajectory - wanted.trajectory).abs()  # last bits decide which level is the nearest
+    assert levels_off.max() < 4
+    assert (levels_off > 0.5).float().mean() < 1e-3
     assert batched.draws == wanted.draws
     assert batched.scores == pytest.approx(wanted.scores, rel=1e-2)
 

@@ -11,6 +11,7 @@ from tiny import RUN
 
 from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator
 from condgan.datasets import SceneDataset
+from condgan.images import GRAIN, from_uint8, to_uint8
 from condgan.models import DiffDiscriminator, NoiseEncoder
 from condgan.training import (
     MAX_SKIPPED_IN_A_ROW,
@@ -19,7 +20,7 @@ from condgan.training import (
     Trainer,
     TrainingDiverged,
     TrainingScenes,
-    _rounded,
+    _dithered,
 )
 
 
@@ -143,13 +144,13 @@ def test_the_mapping_learns_the_codes_that_are_found_and_nothing_else_feels_it(d
     assert sum(losses[-10:]) < sum(losses[:10]) - 10, "nats, by one each"
 
 
-def test_the_discriminator_sees_rounded_pictures_and_the_gradient_passes() -> None:
+def test_the_discriminator_sees_dithered_pictures_and_the_gradient_passes() -> None:
     images = torch.linspace(-1, 1, 24).view(2, 3, 2, 2).requires_grad_()
-    rounded = _rounded(images)
-    levels = (rounded.detach() + 1) * 127.5
+    seen = _dithered(images, torch.rand(images.shape, generator=torch.Generator().manual_seed(0)))
+    levels = (seen.detach() + 1) * 127.5
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
-    assert (rounded - images).abs().max() <= 0.5 / 127.5 + 1e-6
-    rounded.sum().backward()
+    assert 0.5 / 127.5 < (seen - images).abs().max() <= 1 / 127.5 + 1e-6
+    seen.sum().backward()
     assert images.grad is not None
     assert (images.grad == 1).all()
 
@@ -183,12 +184,35 @@ def test_changed_pixels_weigh_more_and_those_of_earlier_objects_most(data: Path)
         weight[first + 1][changed[first]] = 10
         weight[first + 2][changed[first] | changed[first + 1]] = 10
     error = 0.03 * torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0))
-    edges = (weight[..., 1:] * error.diff(dim=3).abs()).sum((1, 2, 3))
-    edges = edges + (weight[:, :, 1:] * error.diff(dim=2).abs()).sum((1, 2, 3))
-    expected = ((weight * error.abs()).sum((1, 2, 3)) + edges) / (3 * 32**2)  # of the window
+
+    def distance(x: torch.Tensor) -> torch.Tensor:
+        levels = 127.5 * x.abs()
+        return torch.where(levels < 1, levels.square() / 2, levels - 0.5) / 127.5
+
+    edges = (weight[..., 1:] * distance(error.diff(dim=3))).sum((1, 2, 3))
+    edges = edges + (weight[:, :, 1:] * distance(error.diff(dim=2))).sum((1, 2, 3))
+    expected = ((weight * distance(error)).sum((1, 2, 3)) + edges) / (3 * 32**2)  # of the window
     torch.testing.assert_close(trainer._reconstruction_errors(batch.images + error, batch), expected)
     found = torch.arange(9) % 2 == 0
     torch.testing.assert_close(trainer._reconstruction_errors(batch.images + error, batch, found), expected * found)
+
+
+def test_empty_scenes_have_grain_of_their_own(data: Path) -> None:
+    trainer = make_trainer(data)
+    dataset = SceneDataset(data, "train")
+    empty = to_uint8(trainer.generator.canvas.remove_objects(from_uint8(dataset.pixels[:, 0]))).int()
+    apart = trainer.scenes.pixels[:, 0].int() - empty
+    assert apart.abs().max() == 1
+    assert apart.ne(0).float().mean().item() == pytest.approx(GRAIN, rel=0.1)
+
+
+def test_what_is_reconstructed_of_a_faint_shadow_is_its_mean(data: Path) -> None:
+    trainer = make_trainer(data)
+    batch = trainer.scenes.batch(0, 3, 0)
+    darker = torch.rand(batch.images.shape, generator=torch.Generator().manual_seed(0)) < 0.3  # by a level, in the data
+    shadow = batch._replace(images=batch.images - darker / 127.5)
+    losses = {k: trainer._reconstruction_errors(batch.images - k / 10 / 127.5, shadow).sum() for k in range(6)}
+    assert min(losses, key=losses.__getitem__) == 3, "tenths of a level; the median would be 0"
 
 
 def test_a_ghost_weighs_much_whatever_the_code(data: Path) -> None:
