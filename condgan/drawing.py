@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from condgan.canvas import Canvas
 from condgan.derived import steady_weights
 from condgan.functional import ConditionEncoder, encode_objects, evaluating, roll_conditions
-from condgan.images import round_canvas, round_turn
+from condgan.images import round_levels, round_turn
 from condgan.requests import MAX_SEED, AskedModel, Place, parse_request, parse_seed, parse_whole
 from condgan.results import Drawing, Turn, exact_probability, target_objects
 
@@ -172,7 +172,7 @@ def iterate_turns(
     ``draw_turn`` is as in :func:`draw_turns`, for these pictures.
     """
     weight = next(generator.parameters())
-    image, rest = round_canvas(generator.canvas(*_canvas_noise(generator, rngs)))
+    image, rest = round_levels(generator.canvas(*_canvas_noise(generator, rngs)))
     if start is not None:
         image = start.to(weight.device)
     image = image.contiguous(memory_format=torch.channels_last)  # convolutions are faster so

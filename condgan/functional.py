@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condgan.images import round_turn
+from condgan.images import LEVEL, round_turn
 from condgan.vocab import Vocabulary
 
 CHANGE_THRESHOLD = 50 / 255
@@ -186,6 +186,21 @@ def _check_finite(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
+
+
+def pixel_distance(error: Tensor) -> Tensor:
+    """Absolute values of differences of pictures in [-1, 1]; below one of their 256 levels, squares.
+
+    So a sum over pixels is least where means are right. Pictures have whole levels: the median of a soft shadow of less
+    than half a level is no shadow.
+
+    Shape:
+        error: any.
+        output: likewise, not negative.
+
+    Source: Huber 1964, "Robust estimation of a location parameter", as in Girshick 2015, arXiv:1504.08083.
+    """
+    return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=LEVEL)
 
 
 def changed_region(prev_image: Tensor, image: Tensor, threshold: float = CHANGE_THRESHOLD) -> Tensor:

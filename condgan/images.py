@@ -57,6 +57,12 @@ def dithered(images: Tensor, uniform: Tensor) -> Tensor:
     return from_uint8(to_uint8(images.float() + LEVEL * offset))
 
 
+def round_levels(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures in [-1, 1], any shape, at the nearest of 256 levels; and what that takes, half a level at most."""
+    rounded = from_uint8(to_uint8(images))
+    return rounded, (images - rounded).clamp(-LEVEL / 2, LEVEL / 2)  # more only beyond black and white
+
+
 def round_turn(before: Tensor, after: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     """Bring a turn's picture to 256 levels and carry what rounding takes to the next turn.
 
@@ -71,19 +77,9 @@ def round_turn(before: Tensor, after: Tensor, rest: Tensor) -> tuple[Tensor, Ten
     Returns:
         The picture, and what rounding has taken from it.
     """
-    wanted = after + rest
-    same, image = after == before, from_uint8(to_uint8(wanted))
-    return torch.where(same, before, image), torch.where(same, rest, _rest(wanted, image))
-
-
-def round_canvas(canvas: Tensor) -> tuple[Tensor, Tensor]:
-    """An empty scene in [-1, 1] at 256 levels, and what rounding has taken from it, both (N, 3, H, W)."""
-    image = from_uint8(to_uint8(canvas))
-    return image, _rest(canvas, image)
-
-
-def _rest(wanted: Tensor, image: Tensor) -> Tensor:
-    return (wanted - image).clamp(-LEVEL / 2, LEVEL / 2)  # more only beyond black and white
+    same = after == before
+    image, left = round_levels(after + rest)
+    return torch.where(same, before, image), torch.where(same, rest, left)
 
 
 def to_pil(image: Tensor) -> Image.Image:

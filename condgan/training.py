@@ -25,7 +25,7 @@ from condgan.calibration import (
 from condgan.classifier import SceneClassifier
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.datasets import SceneDataset
-from condgan.functional import changed_region, place_of_change, roll_conditions, rollout
+from condgan.functional import changed_region, pixel_distance, place_of_change, roll_conditions, rollout
 from condgan.losses import OBJECTIVES
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.precision import autocast
@@ -314,14 +314,6 @@ def _dithered(images: Tensor, uniform: Tensor) -> Tensor:
     return images + (pictures.dithered(images.detach(), uniform) - images).detach()
 
 
-def _distance(error: Tensor) -> Tensor:
-    """Absolute values of differences of pictures; below a level, which is what rounding makes, squares.
-
-    So the sum is least where means are right: the median of a soft shadow of less than half a level is no shadow.
-    """
-    return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=pictures.LEVEL)
-
-
 class Trainer:
     """Networks, optimizers and averaged model of one run; :func:`condgan.runs.train` drives it.
 
@@ -517,9 +509,9 @@ class Trainer:
         weight = torch.where(ghost, FRAGILE_WEIGHT, weight)[:, None]
         error = fake.float() - batch.images
         size = self.config.generator.window or self.config.generator.image_size
-        total = (weight * _distance(error)).sum((1, 2, 3))
-        total = total + (weight[:, :, :, 1:] * _distance(error.diff(dim=3))).sum((1, 2, 3))
-        total = total + (weight[:, :, 1:] * _distance(error.diff(dim=2))).sum((1, 2, 3))
+        total = (weight * pixel_distance(error)).sum((1, 2, 3))
+        total = total + (weight[:, :, :, 1:] * pixel_distance(error.diff(dim=3))).sum((1, 2, 3))
+        total = total + (weight[:, :, 1:] * pixel_distance(error.diff(dim=2))).sum((1, 2, 3))
         return total / (3 * size**2)
 
     def _found_code(self, batch: Batch) -> Tensor:

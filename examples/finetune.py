@@ -12,14 +12,12 @@ stays as it was.
 import argparse
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from condgan import IterativeGenerator, NoiseEncoder
 from condgan.datasets import SceneDataset, augment_scene
-from condgan.functional import changed_region, place_of_change, roll_conditions
-from condgan.images import LEVEL
+from condgan.functional import changed_region, pixel_distance, place_of_change, roll_conditions
 from condgan.prepare import prepare
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,12 +30,6 @@ parser.add_argument(
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--learning-rate", type=float, default=1e-4)
 args = parser.parse_args()
-
-
-def distance(error: torch.Tensor) -> torch.Tensor:
-    """Absolute values; below one of the 256 levels squares, so that a faint shadow, of less than half, is learned."""
-    return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=LEVEL)
-
 
 generator = IterativeGenerator.from_pretrained(args.model).train()
 name = args.noise_encoder or (None if args.model else "iclevr-64-noise-encoder")
@@ -74,10 +66,10 @@ for epoch in range(args.epochs):
             drawn = generator.synthesis(code, conditions, before, place)
         error = drawn - after
         weight = 1 + 4 * changed[:, None]
-        loss = (weight * distance(error)).mean()
+        loss = (weight * pixel_distance(error)).mean()
         # Differences between neighbours count, too: edges tell one pose of an object from another.
-        loss = loss + (weight[:, :, :, 1:] * distance(error.diff(dim=3))).mean()
-        loss = loss + (weight[:, :, 1:] * distance(error.diff(dim=2))).mean()
+        loss = loss + (weight[:, :, :, 1:] * pixel_distance(error.diff(dim=3))).mean()
+        loss = loss + (weight[:, :, 1:] * pixel_distance(error.diff(dim=2))).mean()
         if generator.place_model is not None:
             loss = loss + 0.01 * generator.place_model.loss(before, conditions.detach(), place).mean()
         optimizer.zero_grad()

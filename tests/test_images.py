@@ -21,7 +21,7 @@ from condgan.images import (
     load_image,
     read_pixels,
     resize,
-    round_canvas,
+    round_levels,
     round_turn,
     to_pil,
     to_rgb,
@@ -89,7 +89,7 @@ def test_dithered_pictures_are_whole_levels_in_range() -> None:
 
 def test_what_rounding_takes_is_carried_to_the_next_turn() -> None:
     canvas = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
-    image, rest = round_canvas(canvas)
+    image, rest = round_levels(canvas)
     assert torch.equal(image, from_uint8(to_uint8(canvas)))
     for turn in range(1, 6):  # each a third of a level darker
         image, rest = round_turn(image, image - LEVEL / 3, rest)
