@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import condgan
-from benchmarks import drawing, loading, process, scaling, training, work
+from benchmarks import compiled, drawing, loading, process, scaling, training, work
 from benchmarks.measure import Row
 
 
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts: dict[str, Callable[[int], Iterator[Row]]] = {
         "drawing": drawing.run,
         "steps": drawing.steps,
+        "compiled": compiled.run,
         "training": training.run,
         "ranks": scaling.run,
         "loading": loading.run,

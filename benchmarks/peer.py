@@ -16,8 +16,13 @@ def is_installed() -> bool:
     return importlib.util.find_spec("diffusers") is not None
 
 
-def diffusion(parameters: int, image_size: int = 64) -> tuple[Callable[[], object], int]:
-    """A case that draws one picture, and the parameters of its network, as near to ``parameters`` as a width allows."""
+def diffusion(
+    parameters: int, image_size: int = 64, options: dict[str, bool] | None = None
+) -> tuple[Callable[[], object], int]:
+    """A case that draws one picture, and the parameters of its network, as near to ``parameters`` as a width allows.
+
+    With ``options`` for the compiler the network is compiled.
+    """
     from diffusers import DDIMScheduler, UNet2DModel
 
     def network(width: int) -> torch.nn.Module:
@@ -34,6 +39,8 @@ def diffusion(parameters: int, image_size: int = 64) -> tuple[Callable[[], objec
     width = min(sizes, key=lambda width: abs(sizes[width] - parameters))
     unet, scheduler = network(width).eval(), DDIMScheduler()
     scheduler.set_timesteps(STEPS)
+    if options is not None:
+        unet.compile(options=options)
 
     @torch.no_grad()
     def draw() -> None:

@@ -178,7 +178,9 @@ def iterate_turns(
     image = image.contiguous(memory_format=torch.channels_last)  # convolutions are faster so
     yield image.cpu(), None
     conditions, _ = roll_conditions(generator.encoder, objects.to(weight.device, weight.dtype))
-    for turn, condition in enumerate(conditions.unbind(1)):
+    # The same strides for any number of turns: a turn that was compiled for one scene then serves all.
+    by_turn = conditions.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    for turn, condition in enumerate(by_turn.unbind(0)):
         wanted = [scene[turn] if turn < len(scene) else None for scene in asked]
         if draw_turn is None:
             drawn, place = _draw_turn(generator, _turn_noise(generator, rngs), condition, image, wanted)

@@ -1,0 +1,35 @@
+"""torch.compile: a compiled generator draws the same scenes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny import COMPACT, SCENES, assert_drawn_alike, lively_generator
+
+from condgan import IterativeGenerator
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
+]
+
+
+@pytest.fixture
+def compiled() -> Iterator[IterativeGenerator]:
+    """A generator that is compiled at its first turn."""
+    generator = lively_generator(COMPACT)
+    generator.compile(options={"freezing": True})
+    yield generator
+    torch.compiler.reset()
+
+
+def test_a_compiled_generator_draws_the_same_scenes_and_compiles_once(compiled: IterativeGenerator) -> None:
+    wanted = lively_generator(COMPACT).generate(SCENES, seed=3)
+    torch._dynamo.utils.counters.clear()
+    drawn = compiled.generate(SCENES, seed=3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "for all turns, places and scenes"
+    assert wanted.places is not None and drawn.places is not None
+    assert_drawn_alike(wanted.trajectory, drawn.trajectory)
