@@ -26,10 +26,12 @@ def compiled() -> Iterator[IterativeGenerator]:
     torch.compiler.reset()
 
 
-def test_a_compiled_generator_draws_the_same_scenes_and_compiles_once(compiled: IterativeGenerator) -> None:
+def test_a_compiled_generator_draws_the_same_scenes_and_is_compiled_once(compiled: IterativeGenerator) -> None:
     wanted = lively_generator(COMPACT).generate(SCENES, seed=3)
     torch._dynamo.utils.counters.clear()
     drawn = compiled.generate(SCENES, seed=3)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "for all turns, places and scenes"
-    assert wanted.places is not None and drawn.places is not None
     assert_drawn_alike(wanted.trajectory, drawn.trajectory)
+    compiled.generate(SCENES, seed=3, best_of=2, redraw="turn")
+    compiled.add(drawn.image, ["blue cube"], at=[(20, 30)], seed=3)
+    assert len([*compiled.stream(SCENES[2], seed=3)]) == 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "for all turns, places and scenes"
