@@ -27,10 +27,6 @@ EDGE_DEVIATIONS = 4
 """Detail in a shadow that is more standard deviations of grain and rounding from smooth than this is an edge."""
 SMOOTH = 5
 """Side in pixels of the squares whose mean has no grain."""
-LEAST_SPREAD = 1e-6
-"""Least standard deviation of how much there is of a component."""
-DRAWN_LIGHTS = 10_000
-"""Lights that are drawn to see how much they vary."""
 ROUNDING_VARIANCE = (2 / 255) ** 2 / 12
 """Variance that rounding to 8 bits adds to every value."""
 
@@ -167,13 +163,10 @@ class Canvas(nn.Module):
             return
         self._fit_grain(estimates)
         scores = torch.cat([found.scores for _, found in estimates])
-        centre, spread = scores.mean(0), scores.std(0, correction=0).clamp(min=LEAST_SPREAD)
+        centre, spread = scores.mean(0), scores.std(0, correction=0).clamp(min=1e-6)
         self.mean += torch.einsum("k,kchw->chw", centre, self.components)
-        self.flow.fit((scores - centre) / spread, progress=progress)
-        # What a flow draws varies less than what it has learned from: the components make up for that.
-        drawn = self.flow(torch.randn(DRAWN_LIGHTS, count, generator=rng).to(scores))
-        spread = spread / drawn.std(0, correction=0).clamp(min=LEAST_SPREAD)
         self.components *= spread[:, None, None, None]
+        self.flow.fit((scores - centre) / spread, progress=progress)
 
     def _fit_components(self, empty: Tensor, basis: Tensor) -> Tensor:
         """Principal components of pictures around the mean, by subspace iteration from ``basis`` (P, K) to a new."""

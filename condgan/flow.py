@@ -44,7 +44,7 @@ class ContinuousFlow(nn.Module):
 
     Shape:
         noise: (N, K), standard normal.
-        output: (N, K), nearly as what was fitted; each number varies a little less.
+        output: (N, K), each number of mean 0 and standard deviation 1, as what was fitted.
 
     Source: Lipman et al. 2023, "Flow matching for generative modeling", arXiv:2210.02747; the path is that of Albergo
     and Vanden-Eijnden 2023, arXiv:2209.15571, along which independent normal numbers stay where they are.

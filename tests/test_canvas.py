@@ -173,16 +173,9 @@ def test_the_light_of_the_fitted_scenes_is_found_again(scenes: Scenes, canvas: C
     estimate = canvas.estimate_light(scenes.images)
     assert estimate.scores.shape == (len(scenes.images), NUM_COMPONENTS)
     torch.testing.assert_close(estimate.scores.mean(0), torch.zeros(3), rtol=0, atol=0.05)
-    torch.testing.assert_close(estimate.scores.std(0), torch.ones(3), rtol=0, atol=0.1)
+    torch.testing.assert_close(estimate.scores.std(0), torch.ones(3), rtol=0, atol=0.05)
     lit = canvas.mean + torch.einsum("nk,kchw->nchw", estimate.scores, canvas.components)
     torch.testing.assert_close(estimate.lit, lit, rtol=0, atol=1e-5)
-
-
-def test_drawn_light_varies_as_much_as_that_of_the_fitted_scenes(scenes: Scenes, canvas: Canvas) -> None:
-    assert canvas.flow is not None
-    drawn = canvas.flow(torch.randn(20_000, NUM_COMPONENTS, generator=torch.Generator().manual_seed(1)))
-    met = canvas.estimate_light(scenes.images).scores
-    torch.testing.assert_close(drawn.std(0), met.std(0), rtol=0.03, atol=0)
 
 
 def test_grain_is_what_the_light_leaves_before_rounding(canvas: Canvas) -> None:
