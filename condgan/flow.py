@@ -27,6 +27,10 @@ PATIENCE = 1 / 6
 """Share of the epochs after which :meth:`ContinuousFlow.fit` gives up if nothing got better."""
 LEARNING_RATE = 2e-3
 """Highest of :meth:`ContinuousFlow.fit`, reached after a tenth of the steps."""
+DISTRIBUTION = ("centre", "spread", "low", "high")
+"""Buffers of :class:`ContinuousFlow` that are measured, not learned."""
+ARRIVALS = 20_000
+"""Vectors whose ends :meth:`ContinuousFlow.fit` measures."""
 
 
 class ContinuousFlow(nn.Module):
@@ -34,8 +38,9 @@ class ContinuousFlow(nn.Module):
 
     At time t in [0, 1] a vector x on its way from noise to data is cos(a) noise + sin(a) data with a = t pi / 2. A
     small network learns the mean velocity dx/da of all pairs of noise and data that are at x just then; who follows it
-    from noise arrives at a vector as likely as in the data. Drawn numbers stay within what was met in fitting. A
-    fresh flow changes nothing.
+    from noise arrives at a vector as likely as in the data. A network that has seen few vectors is too cautious, and
+    what arrives varies too little: each number is stretched to the mean and the standard deviation of the data. Drawn
+    numbers stay within what was met in fitting. A fresh flow changes nothing.
 
     All weights are buffers: :meth:`fit` finds them once, and the optimizer of a larger model leaves them alone.
 
@@ -50,6 +55,8 @@ class ContinuousFlow(nn.Module):
     and Vanden-Eijnden 2023, arXiv:2209.15571, along which independent normal numbers stay where they are.
     """
 
+    centre: Tensor
+    spread: Tensor
     low: Tensor
     high: Tensor
 
@@ -70,10 +77,16 @@ class ContinuousFlow(nn.Module):
         }
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("centre", torch.zeros(dim))
+        self.register_buffer("spread", torch.ones(dim))
         self.register_buffer("low", torch.full((dim,), -FRESH_BOUND))
         self.register_buffer("high", torch.full((dim,), FRESH_BOUND))
 
     def forward(self, noise: Tensor) -> Tensor:
+        return ((self._arrive(noise) - self.centre) / self.spread).clamp(self.low, self.high)
+
+    def _arrive(self, noise: Tensor) -> Tensor:
+        """Where the velocity carries the noise (N, K) to."""
         weights = self._weights()
         times = torch.arange(2 * STEPS, device=noise.device, dtype=noise.dtype) / (2 * STEPS)
         told = _told(times[:, None], weights)
@@ -82,7 +95,7 @@ class ContinuousFlow(nn.Module):
         for start, middle in zip(told[::2], told[1::2], strict=True):
             halfway = torch.add(x, _velocity(x, start, weights), alpha=step / 2)
             x = torch.add(x, _velocity(halfway, middle, weights), alpha=step)
-        return x.clamp(self.low, self.high)
+        return x
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -129,11 +142,25 @@ class ContinuousFlow(nn.Module):
                 break
         for name, value in kept.items():
             weights[name].copy_(value)
+        self._measure_arrivals(rng)
         self.low.copy_(x.amin(0))
         self.high.copy_(x.amax(0))
 
+    def _measure_arrivals(self, rng: torch.Generator) -> None:
+        """Find the mean and the standard deviation of what arrives, as exactly as a fresh flow's are known."""
+        noise = torch.randn(ARRIVALS, self.dim, generator=rng).to(self.centre)
+        noise = (noise - noise.mean(0)) / noise.std(0, correction=0)
+        arrived = self._arrive(noise)
+        self.centre.copy_(arrived.mean(0))
+        self.spread.copy_(arrived.std(0, correction=0))
+
     def _weights(self) -> dict[str, Tensor]:
-        return {name: buffer for name, buffer in self.named_buffers() if name not in ("low", "high")}
+        return {name: buffer for name, buffer in self.named_buffers() if name not in DISTRIBUTION}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}centre", torch.zeros(self.dim))  # checkpoints of before there was a stretch
+        state_dict.setdefault(f"{prefix}spread", torch.ones(self.dim))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _step(
         self, weights: dict[str, Tensor], x: Tensor, journeys: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer

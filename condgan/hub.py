@@ -448,21 +448,21 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
         raise CheckpointError(
             f"{path.resolve()} is cut short or damaged ({error}): delete this file, then download or save it again."
         ) from error
-    wanted = model.state_dict()
-    misfits = [
-        f"{name} is {_kind(stored[name])}, wanted {_kind(tensor)}"
-        for name, tensor in wanted.items()
+    misfits = {
+        name: f"{name} is {_kind(stored[name])}, wanted {_kind(tensor)}"
+        for name, tensor in model.state_dict().items()
         if name in stored and _kind(stored[name]) != _kind(tensor)
-    ]
+    }
+    fitting = {name: tensor for name, tensor in stored.items() if name not in misfits}
+    missing, unexpected = model.load_state_dict(fitting, strict=False)
     problems = (
-        ("missing", wanted.keys() - stored.keys()),
-        ("unexpected", stored.keys() - wanted.keys()),
-        ("of another shape or kind", misfits),
+        ("missing", set(missing) - misfits.keys()),
+        ("unexpected", unexpected),
+        ("of another shape or kind", misfits.values()),
     )
     report = "; ".join(f"{problem}: {_some(names)}" for problem, names in problems if names)
     if report:
         raise CheckpointError(f"the tensors of {path} do not fit its {CONFIG_NAME}: {report}. Save the model again.")
-    model.load_state_dict(stored)
 
 
 def _existing(folder: Path, filename: str) -> Path:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from reference import randomise
 from torch import Tensor
 
-from condgan.flow import ConditionalFlow, ContinuousFlow
+from condgan.flow import DISTRIBUTION, ConditionalFlow, ContinuousFlow
 
 
 def bend(count: int, seed: int) -> Tensor:
@@ -28,7 +28,7 @@ def lively_flow(dim: int) -> ContinuousFlow:
     flow = ContinuousFlow(dim)
     rng = torch.Generator().manual_seed(0)
     for name, buffer in flow.named_buffers():
-        if name not in ("low", "high"):
+        if name not in DISTRIBUTION:
             buffer += 0.1 * torch.randn(buffer.shape, generator=rng)
     return flow
 
@@ -70,6 +70,8 @@ def test_the_names_and_shapes_of_a_checkpoint_are_for_ever() -> None:
         "bias3": (80,),
         "weight4": (20, 80),
         "bias4": (20,),
+        "centre": (20,),
+        "spread": (20,),
         "low": (20,),
         "high": (20,),
     }
@@ -92,10 +94,31 @@ def test_noise_follows_the_velocity_of_its_place_and_time() -> None:
 
 
 def test_drawn_numbers_have_the_moments_of_the_fitted_ones(fitted: ContinuousFlow) -> None:
-    drawn = draw(fitted)
-    torch.testing.assert_close(drawn.mean(0), torch.zeros(3), rtol=0, atol=0.15)
-    torch.testing.assert_close(drawn.std(0), torch.ones(3), rtol=0, atol=0.15)
+    drawn = draw(fitted, count=20_000)
+    torch.testing.assert_close(drawn.mean(0), torch.zeros(3), rtol=0, atol=0.03)
+    torch.testing.assert_close(drawn.std(0), torch.ones(3), rtol=0, atol=0.03)
     torch.testing.assert_close(torch.corrcoef(drawn.T), torch.corrcoef(bend(4000, seed=2).T), rtol=0, atol=0.15)
+
+
+def test_what_arrives_is_stretched_as_it_says(fitted: ContinuousFlow) -> None:
+    """Without that, what comes of few vectors varies less than they do."""
+    assert (fitted.spread < 0.97).any()
+    still = ContinuousFlow(3)
+    still.load_state_dict(fitted.state_dict() | {"centre": torch.zeros(3), "spread": torch.ones(3)})
+    stretched = ((draw(still) - fitted.centre) / fitted.spread).clamp(fitted.low, fitted.high)
+    inside = ((draw(still) > still.low) & (draw(still) < still.high)).all(1)
+    assert inside.sum() > 3000
+    torch.testing.assert_close(draw(fitted)[inside], stretched[inside])
+
+
+def test_a_checkpoint_of_before_there_was_a_stretch_stretches_nothing(fitted: ContinuousFlow) -> None:
+    old = {name: tensor for name, tensor in fitted.state_dict().items() if name not in ("centre", "spread")}
+    flow = lively_flow(3)
+    flow.spread.fill_(2)
+    flow.load_state_dict(old)
+    assert torch.equal(flow.centre, torch.zeros(3))
+    assert torch.equal(flow.spread, torch.ones(3))
+    assert torch.equal(flow.weight1, fitted.weight1)
 
 
 def test_a_curve_is_learned_that_no_correlation_shows(fitted: ContinuousFlow) -> None:
@@ -139,7 +162,7 @@ def test_too_few_vectors_to_learn_from_leave_a_flow_as_it_was_fresh(count: int) 
     flow = ContinuousFlow(3)
     flow.fit(x)
     for name, buffer in flow.named_buffers():
-        assert name in ("low", "high") or not buffer.any(), name
+        assert name in DISTRIBUTION or not buffer.any(), name
     torch.testing.assert_close(flow(x), x)
     assert (draw(flow) >= x.amin(0)).all(), "but it keeps to what was met"
     assert (draw(flow) <= x.amax(0)).all()
