@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 from condgan.classifier import SceneClassifier
+from condgan.correction import NO_LIMIT, turned
 from condgan.drawing import DrawnTurn, TurnToDraw, iterate_turns, random_source
 from condgan.functional import (
     ConditionEncoder,
     changed_region,
     evaluating,
     local_mean,
+    place_of_change,
     roll_conditions,
     square_root,
 )
@@ -30,6 +32,10 @@ from condgan.precision import autocast
 
 CORRECTION_PASSES = 3
 """How often :func:`correct_first_turns` draws all scenes."""
+LEAST_TURNS = 30
+"""First turns of an object in data from which on the least and the largest change are limits."""
+FIRST_REACH = 1.0
+"""Pixels around the mean place of an object's first turns within which they are corrected: all of i-CLEVR's are."""
 RIDGE = 0.05
 """Share of the scenes that answers to the light are shortened by: there are about 200 of each object."""
 BATCH_SIZE = 32
@@ -345,6 +351,7 @@ def correct_first_turns(
 ) -> None:
     """Measure what first turns have wrong on average, object by object, and have the generator take it off.
 
+    First its changes in data are measured, and between the least and the largest of each value drawn ones have to stay.
     What an object changes in a picture is explained by the object and, for models that know the light, linearly by the
     light, in real turns and in drawn ones. Every pass draws the first turns of all scenes and moves the correction
     towards the difference: in the n-th pass by the n-th part of what is still missing, so that all passes count alike.
@@ -372,6 +379,9 @@ def correct_first_turns(
         before, after = from_uint8(pixels[rows].to(device)).unbind(1)
         real.add(before, after, kinds[objects[rows]])
     wanted = real.coefficients()
+    correction.limit_(*real.range())
+    if generator.place_model is not None:
+        correction.put_(real.places(), FIRST_REACH)
     total = CORRECTION_PASSES * len(pixels)
     with (
         evaluating(generator),
@@ -460,6 +470,9 @@ class _Answers:
         device = next(generator.parameters()).device
         self.products = torch.zeros(kinds, numbers, numbers, device=device)
         self.sums = torch.zeros(kinds, numbers, 3, size, size, device=device)
+        self.low = torch.full((kinds, 3, size, size), NO_LIMIT, device=device)
+        self.high = -self.low
+        self.place_sums = torch.zeros(kinds, 2, device=device)
 
     def add(self, before: Tensor, after: Tensor, one_hot: Tensor) -> None:
         """Take note of N turns, each with the object that was added, (N, K)."""
@@ -469,7 +482,23 @@ class _Answers:
         one_hot = one_hot.to(known)
         self.products += torch.einsum("nk,ni,nj->kij", one_hot, known, known)
         known_by_kind = torch.einsum("nk,ni->kin", one_hot, known)
-        self.sums += (known_by_kind @ (after - before).flatten(1)).view_as(self.sums)
+        change = after - before
+        self.place_sums += one_hot.T @ place_of_change(before, after).nan_to_num((self.generator.image_size - 1) / 2)
+        self.sums += (known_by_kind @ change.flatten(1)).view_as(self.sums)
+        kinds = one_hot.argmax(1)
+        for kind in kinds.unique().tolist():
+            low, high = torch.aminmax(turned(change[kinds == kind]), dim=0)
+            self.low[kind] = torch.minimum(self.low[kind], low)
+            self.high[kind] = torch.maximum(self.high[kind], high)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest change on their axes, (K, 3, H, W) each; no limits where there were few turns."""
+        few = (self.products[:, 0, 0] < LEAST_TURNS)[:, None, None, None]
+        return self.low.masked_fill(few, -NO_LIMIT), self.high.masked_fill(few, NO_LIMIT)
+
+    def places(self) -> Tensor:
+        """The mean place of each object in pixels (x, y), (K, 2); NaN for objects that were never added."""
+        return self.place_sums / self.products[:, :1, 0]
 
     def coefficients(self) -> Tensor:
         """(K, 1 + L, 3, H, W): the mean change, and the answer to each number; 0 for objects that were never added."""

@@ -17,10 +17,11 @@ class TurnGrain(nn.Module):
     """Noise around a new object, of its colours and the stronger the nearer.
 
     A renderer finds the light that an object throws on the floor by chance, ray by ray, so around a yellow cube the
-    floor has yellow grain. A generator whose turns copy what they do not draw on leaves the floor too smooth, which
-    tells its pictures from real ones. So the grain is measured after training
-    (:func:`condgan.calibration.measure_turn_grain`): white in space, with a covariance of the three colours for each
-    object and each ring of 2 pixels around its place. It is added to what a turn left alone of its window.
+    floor has yellow grain: between three objects its variance is twice that of the empty scene. A generator whose
+    turns copy what they do not draw on leaves the floor too smooth, which tells its pictures from real ones. So the
+    grain is measured after training (:func:`condgan.calibration.measure_turn_grain`): white in space, with a covariance
+    of the three colours for each object and each ring of 2 pixels around its place. It is added to what a turn left
+    alone of its window.
 
     Turns on a canvas of the model's own need none: first objects stand at the same pixels in all scenes, their grain is
     always the same, and the canvas has it.

@@ -19,7 +19,7 @@ from condgan import drawing
 from condgan import images as pictures
 from condgan.canvas import Canvas
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
-from condgan.correction import FirstTurnCorrection
+from condgan.correction import Correction, FirstTurnCorrection
 from condgan.drawing import Redraw
 from condgan.functional import crop, paste
 from condgan.grain import TurnGrain
@@ -183,11 +183,11 @@ class IterativeGenerator(PretrainedModel):
             drawn = self._draw(*arguments)
         else:
             drawn = torch.cat([self._draw(*part) for part in zip(*(x.split(size) for x in arguments), strict=True)])
-        offset = None if self.correction is None else self.correction(condition, light)
-        if offset is not None:
+        correction = None if self.correction is None else self.correction(condition, light, place)
+        if correction is not None:
             if view.corners is not None:
-                offset = crop(offset, view.corners, drawn.shape[-1])
-            drawn = (drawn + offset.to(drawn.dtype)).clamp(-1, 1)
+                correction = Correction(*(crop(part, view.corners, drawn.shape[-1]) for part in correction))
+            drawn = (view.images[0] + correction.apply(drawn - view.images[0])).to(drawn.dtype).clamp(-1, 1)
         return drawn if view.corners is None else paste(prev_image, drawn, view.corners)
 
     def _check_turn(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None) -> None:
