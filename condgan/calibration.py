@@ -14,28 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 from condgan.classifier import SceneClassifier
-from condgan.correction import NO_LIMIT, turned
-from condgan.drawing import DrawnTurn, TurnToDraw, iterate_turns, random_source
-from condgan.functional import (
-    ConditionEncoder,
-    changed_region,
-    evaluating,
-    local_mean,
-    place_of_change,
-    roll_conditions,
-    square_root,
-)
-from condgan.grain import RINGS, rings
-from condgan.images import LEVEL, from_uint8, to_uint8
+from condgan.drawing import DrawnTurn, iterate_turns, random_source
+from condgan.functional import ConditionEncoder, evaluating, roll_conditions
+from condgan.images import from_uint8, to_uint8
 from condgan.models import IterativeGenerator, NoiseEncoder
 from condgan.precision import autocast
 
 CORRECTION_PASSES = 3
 """How often :func:`correct_first_turns` draws all scenes."""
-LEAST_TURNS = 30
-"""First turns of an object in data from which on the least and the largest change are limits."""
-FIRST_REACH = 1.0
-"""Pixels around the mean place of an object's first turns within which they are corrected: all of i-CLEVR's are."""
 RIDGE = 0.05
 """Share of the scenes that answers to the light are shortened by: there are about 200 of each object."""
 BATCH_SIZE = 32
@@ -55,10 +41,6 @@ LEGIBLE_WEIGHT = 6.0
 HIDDEN_LOSS = 6.0
 """A turn does not count for more than this: some objects hide behind others whatever their codes."""
 MAX_GRADIENT_NORM = 10.0
-EDGE = 5 * LEVEL
-"""Distance of a value to the mean of its 3x3 square beyond which it belongs to an edge and not to a floor's grain."""
-LEAST_PIXELS = 1000
-"""A ring around an object of which :func:`measure_turn_grain` sees fewer gets no grain."""
 
 
 def read_alone(encoder: ConditionEncoder, objects: Tensor) -> Tensor:
@@ -254,8 +236,8 @@ def prefer_legible_codes(
         chosen = objects[rows.to(objects.device)].to(device)
         losses: list[Tensor] = []
 
-        def draw_turn(turn: TurnToDraw) -> DrawnTurn:
-            condition, image = turn.condition.detach(), turn.image
+        def draw_turn(turn: int, condition: Tensor, image: Tensor, rest: Tensor, wanted: object) -> DrawnTurn:
+            condition = condition.detach()
             uniform, z = torch.rand(len(rows), 3, generator=rng), torch.randn(len(rows), generator.z_dim, generator=rng)
             with torch.no_grad():
                 place = None if places is None else places.sample(image, condition, uniform.to(device))
@@ -264,8 +246,7 @@ def prefer_legible_codes(
             with autocast(device, bf16):
                 drawn = generator.synthesis(code, condition, image, place).float()
                 logits = verifier(drawn).float()
-            so_far = chosen[:, : turn.number + 1].amax(1)
-            misread = F.binary_cross_entropy_with_logits(logits, so_far, reduction="none").sum(1)
+            misread = F.binary_cross_entropy_with_logits(logits, chosen[:, : turn + 1].amax(1), reduction="none").sum(1)
             divergence = before.loss(code, *context) - mapping.loss(code, *context)
             losses.append(LEGIBLE_WEIGHT * misread.clamp(max=HIDDEN_LOSS) + divergence)
             return drawn.detach(), place
@@ -351,7 +332,6 @@ def correct_first_turns(
 ) -> None:
     """Measure what first turns have wrong on average, object by object, and have the generator take it off.
 
-    First its changes in data are measured, and between the least and the largest of each value drawn ones have to stay.
     What an object changes in a picture is explained by the object and, for models that know the light, linearly by the
     light, in real turns and in drawn ones. Every pass draws the first turns of all scenes and moves the correction
     towards the difference: in the n-th pass by the n-th part of what is still missing, so that all passes count alike.
@@ -379,9 +359,6 @@ def correct_first_turns(
         before, after = from_uint8(pixels[rows].to(device)).unbind(1)
         real.add(before, after, kinds[objects[rows]])
     wanted = real.coefficients()
-    correction.limit_(*real.range())
-    if generator.place_model is not None:
-        correction.put_(real.places(), FIRST_REACH)
     total = CORRECTION_PASSES * len(pixels)
     with (
         evaluating(generator),
@@ -399,68 +376,6 @@ def correct_first_turns(
             correction.add_((wanted - drawn.coefficients()) / (number + 1))
 
 
-@torch.no_grad()
-def measure_turn_grain(
-    generator: IterativeGenerator, pixels: Tensor, objects: Tensor, places: Tensor, *, progress: bool = True
-) -> None:
-    """Measure how much more grain later turns lay around their objects in data than the generator's turns do.
-
-    Every later turn of the data is drawn, on the real picture before it and at the real place. Where neither turn
-    changed anything that can be seen, and no edge is near, the covariance of what is finer than a 3x3 square is
-    compared between the drawn and the real picture, object by object and ring by ring.
-
-    Args:
-        generator: changed in place, with ``config.turn_grain``. Its other parts must be final.
-        pixels: (S, T + 1, 3, H, W) uint8, empty scenes and the pictures after each turn.
-        objects: (S, T) ids of the objects that were added.
-        places: (S, T, 2) where, in pixels (x, y).
-        progress: show a progress bar on stderr.
-
-    Raises:
-        ValueError: the generator adds no grain.
-    """
-    grain = generator.turn_grain
-    if grain is None:
-        raise ValueError("generator: its configuration has turn_grain=False, so there is nothing to measure")
-    device = grain.mix.device
-    kinds, turns = torch.eye(len(generator.vocabulary)), objects.shape[1]
-    counts = torch.zeros(len(kinds) * RINGS, device=device)
-    missing = torch.zeros(len(kinds) * RINGS, 3, 3, device=device)
-    rng = torch.Generator().manual_seed(0)
-    total = len(pixels) * (turns - 1)
-    with (
-        evaluating(generator),
-        tqdm(total=total, desc="grain of turns", unit="img", file=sys.stderr, disable=not progress) as bar,
-    ):
-        for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
-            images = from_uint8(pixels[rows].to(device))
-            conditions, _ = roll_conditions(generator.encoder, kinds[objects[rows]].to(device))
-            for turn in range(1, turns):
-                before, after, place = images[:, turn], images[:, turn + 1], places[rows, turn].to(device)
-                z = torch.randn(len(rows), generator.z_dim, generator=rng).to(device)
-                drawn = generator(z, conditions[:, turn], before, place)
-                calm, (_, real, ours) = _calm_floor(before, after, drawn)
-                kind = objects[rows, turn, None, None].to(device) * RINGS + rings(place, generator.image_size)
-                counts.index_add_(0, kind[calm], torch.ones_like(place[:1, 0]).expand(int(calm.sum())))
-                for fine, sign in ((real, 1), (ours, -1)):
-                    values = fine.permute(0, 2, 3, 1)[calm]  # (P, 3)
-                    missing.index_add_(0, kind[calm], sign * values[:, :, None] * values[:, None])
-                bar.update(len(rows))
-    covariance = missing / counts.clamp(min=1)[:, None, None]
-    covariance *= 9 / 8  # white noise less its 3x3 mean has 8/9 of its variance
-    covariance[counts < LEAST_PIXELS] = 0
-    grain.mix.copy_(square_root(covariance).view_as(grain.mix))
-
-
-def _calm_floor(before: Tensor, *after: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Where no picture (N, 3, H, W) differs from the first or has an edge, (N, H, W); and what is fine in each."""
-    changed = torch.stack([changed_region(before, image) for image in after]).any(0)
-    busy = F.max_pool2d(changed[:, None].float(), 5, 1, 2)[:, 0] > 0
-    fine = [image - local_mean(image, 3) for image in (before, *after)]
-    edges = torch.stack([x.abs().amax(1) > EDGE for x in fine]).any(0)
-    return ~(busy | edges), fine
-
-
 class _Answers:
     """Linear regression, object by object, of what a turn changed on how the scene is lit."""
 
@@ -470,9 +385,6 @@ class _Answers:
         device = next(generator.parameters()).device
         self.products = torch.zeros(kinds, numbers, numbers, device=device)
         self.sums = torch.zeros(kinds, numbers, 3, size, size, device=device)
-        self.low = torch.full((kinds, 3, size, size), NO_LIMIT, device=device)
-        self.high = -self.low
-        self.place_sums = torch.zeros(kinds, 2, device=device)
 
     def add(self, before: Tensor, after: Tensor, one_hot: Tensor) -> None:
         """Take note of N turns, each with the object that was added, (N, K)."""
@@ -482,23 +394,7 @@ class _Answers:
         one_hot = one_hot.to(known)
         self.products += torch.einsum("nk,ni,nj->kij", one_hot, known, known)
         known_by_kind = torch.einsum("nk,ni->kin", one_hot, known)
-        change = after - before
-        self.place_sums += one_hot.T @ place_of_change(before, after).nan_to_num((self.generator.image_size - 1) / 2)
-        self.sums += (known_by_kind @ change.flatten(1)).view_as(self.sums)
-        kinds = one_hot.argmax(1)
-        for kind in kinds.unique().tolist():
-            low, high = torch.aminmax(turned(change[kinds == kind]), dim=0)
-            self.low[kind] = torch.minimum(self.low[kind], low)
-            self.high[kind] = torch.maximum(self.high[kind], high)
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        """The least and the largest change on their axes, (K, 3, H, W) each; no limits where there were few turns."""
-        few = (self.products[:, 0, 0] < LEAST_TURNS)[:, None, None, None]
-        return self.low.masked_fill(few, -NO_LIMIT), self.high.masked_fill(few, NO_LIMIT)
-
-    def places(self) -> Tensor:
-        """The mean place of each object in pixels (x, y), (K, 2); NaN for objects that were never added."""
-        return self.place_sums / self.products[:, :1, 0]
+        self.sums += (known_by_kind @ (after - before).flatten(1)).view_as(self.sums)
 
     def coefficients(self) -> Tensor:
         """(K, 1 + L, 3, H, W): the mean change, and the answer to each number; 0 for objects that were never added."""

@@ -41,9 +41,6 @@ class GeneratorConfig:
     """Whether the noise is first mapped to a code that suits the object and its place (:class:`NoiseMapping`)."""
     correction: bool = added_later(False)
     """Whether the mean error of first turns is taken off (:class:`condgan.correction.FirstTurnCorrection`)."""
-    turn_grain: bool = added_later(False)
-    """Whether turns on what is not an empty scene lay grain over the floor around the new object
-    (:class:`condgan.grain.TurnGrain`), for models with ``places``."""
     light_components: int = 0
     """Directions in which the light of the empty scene varies; 0 starts every scene on one fixed canvas."""
     light_inputs: int = added_later(0)
@@ -59,8 +56,6 @@ class GeneratorConfig:
         if self.output not in ("tanh", "blend"):
             raise ValueError(f"output must be 'tanh' or 'blend', got {self.output!r}")
         _check_window(self.window, self.image_size, self.places)
-        if self.turn_grain and not self.places:
-            raise ValueError("turn_grain is grain around a place: it needs places=True")
         if self.mapping and self.z_dim < 2:
             raise ValueError(f"mapping needs a z_dim of at least 2, got {self.z_dim}")
 

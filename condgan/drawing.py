@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from condgan.canvas import Canvas
 from condgan.derived import steady_weights
 from condgan.functional import ConditionEncoder, encode_objects, evaluating, roll_conditions
-from condgan.grain import TurnGrain
 from condgan.images import round_levels, round_turn
 from condgan.requests import MAX_SEED, AskedModel, Place, parse_request, parse_seed, parse_whole
 from condgan.results import Drawing, Turn, exact_probability, target_objects
@@ -50,41 +49,10 @@ class SceneModel(AskedModel, Protocol):
     def canvas(self) -> Canvas: ...
     @property
     def place_model(self) -> PlaceSampler | None: ...
-    @property
-    def turn_grain(self) -> TurnGrain | None: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def modules(self) -> Iterator[nn.Module]: ...
     def train(self, mode: bool = True) -> object: ...
     def __call__(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None) -> Tensor: ...
-
-
-class TurnToDraw(NamedTuple):
-    """What is known of one turn of N pictures before it is drawn."""
-
-    number: int
-    """0 for the first turn of a call."""
-    objects: Tensor
-    """(N, K) multi-hot; zero rows for scenes that are over."""
-    condition: Tensor
-    """(N, D), what the RNN says."""
-    image: Tensor
-    """(N, 3, H, W) in [-1, 1], at 256 levels: the pictures so far."""
-    rest: Tensor
-    """(N, 3, H, W): what rounding took from them."""
-    places: Sequence[Place | None]
-    """N places that were asked for."""
-    on_canvas: bool
-    """Whether the pictures are still empty scenes of the model's own."""
-
-    def rows(self, rows: list[int]) -> TurnToDraw:
-        """The same for some of the pictures."""
-        return self._replace(
-            objects=self.objects[rows],
-            condition=self.condition[rows],
-            image=self.image[rows],
-            rest=self.rest[rows],
-            places=[self.places[row] for row in rows],
-        )
 
 
 class Turns(NamedTuple):
@@ -108,7 +76,7 @@ def draw_turns(
     *,
     places: Sequence[Sequence[Place | None]] | None = None,
     start: Tensor | None = None,
-    draw_turn: Callable[[range, TurnToDraw], DrawnTurn] | None = None,
+    draw_turn: Callable[[range, int, Tensor, Tensor, Tensor, Sequence[Place | None]], DrawnTurn] | None = None,
 ) -> Turns:
     """Draw one picture for each list of objects and seed.
 
@@ -122,8 +90,9 @@ def draw_turns(
         seeds: N seeds, 0 to 2**63 - 1.
         places: for each object its centre in pixels (x, y), or None to have it drawn.
         start: (N, 3, H, W) float32 in [-1, 1], pictures to draw on; None draws empty scenes.
-        draw_turn: draws one turn of a part of the pictures, given which ones they are and the turn; None draws it once,
-            with the random numbers that come next.
+        draw_turn: draws one turn of a part of the pictures, given which ones, the turn's number, conditions (n, D),
+            pictures so far (n, 3, H, W), what rounding took from them, and asked places; None draws it once, with the
+            random numbers that come next.
 
     Returns:
         :class:`Turns`, on the CPU.
@@ -195,7 +164,7 @@ def iterate_turns(
     rngs: Sequence[torch.Generator],
     asked: Sequence[Sequence[Place | None]],
     start: Tensor | None,
-    draw_turn: Callable[[TurnToDraw], DrawnTurn] | None = None,
+    draw_turn: Callable[[int, Tensor, Tensor, Tensor, Sequence[Place | None]], DrawnTurn] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The canvas, then turn after turn of one batch: pictures (N, 3, H, W) and places (N, 2), both on the CPU.
 
@@ -213,12 +182,10 @@ def iterate_turns(
     by_turn = conditions.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     for turn, condition in enumerate(by_turn.unbind(0)):
         wanted = [scene[turn] if turn < len(scene) else None for scene in asked]
-        added = objects[:, turn].to(weight.device)
-        request = TurnToDraw(turn, added, condition, image, rest, wanted, start is None and turn == 0)
         if draw_turn is None:
-            drawn, place = _draw_turn(generator, _turn_noise(generator, rngs), request)
+            drawn, place = _draw_turn(generator, _turn_noise(generator, rngs), condition, image, wanted)
         else:
-            drawn, place = draw_turn(request)
+            drawn, place = draw_turn(turn, condition, image, rest, wanted)
         present = objects[:, turn].any(1)
         image, rest = round_turn(image, torch.where(present.to(weight.device)[:, None, None, None], drawn, image), rest)
         yield image.cpu(), None if place is None else place.cpu().masked_fill(~present[:, None], math.nan)
@@ -243,32 +210,25 @@ class TurnNoise(NamedTuple):
     """(N, 3) in [0, 1): the place."""
     z: Tensor
     """(N, z_dim) standard normal."""
-    grain: Tensor | None
-    """(N, 3, H, W) standard normal, for models whose turns add grain."""
 
 
 def _turn_noise(generator: SceneModel, rngs: Sequence[torch.Generator]) -> TurnNoise:
     """The next turn's use of each random source; the same for models that do not know places."""
     uniform = torch.stack([torch.rand(3, generator=rng) for rng in rngs])
-    z, grain = _normal(generator, rngs, generator.z_dim), None
-    if generator.turn_grain is not None:
-        grain = _normal(generator, rngs, 3, generator.image_size, generator.image_size)
-    return TurnNoise(uniform.to(z.device), z, grain)
+    return TurnNoise(uniform.to(next(generator.parameters()).device), _normal(generator, rngs, generator.z_dim))
 
 
-def _draw_turn(generator: SceneModel, noise: TurnNoise, turn: TurnToDraw) -> DrawnTurn:
-    """One turn of every picture, drawn once."""
-    place, condition = None, turn.condition
+def _draw_turn(
+    generator: SceneModel, noise: TurnNoise, condition: Tensor, image: Tensor, wanted: Sequence[Place | None]
+) -> DrawnTurn:
+    """One turn of every picture, drawn once, given conditions (N, D), pictures so far and asked places."""
+    place = None
     if generator.place_model is not None:
-        place = generator.place_model.sample(turn.image.to(condition.dtype), condition, noise.uniform).float()
-        for i, asked in enumerate(turn.places):
+        place = generator.place_model.sample(image.to(condition.dtype), condition, noise.uniform).float()
+        for i, asked in enumerate(wanted):
             if asked is not None:
                 place[i] = torch.tensor(asked)
-    drawn = generator(noise.z, condition, turn.image, place)
-    if generator.turn_grain is not None and not turn.on_canvas:
-        assert place is not None and noise.grain is not None
-        drawn = generator.turn_grain(drawn, turn.image, turn.objects, place, noise.grain)
-    return drawn, place
+    return generator(noise.z, condition, image, place), place
 
 
 def draw(
@@ -378,24 +338,26 @@ def best_turns(
     scores = [0.0] * len(scenes)
     draws = [[1] * len(scene) for scene in scenes]
 
-    def draw_turn(pictures: range, turn: TurnToDraw) -> DrawnTurn:
+    def draw_turn(
+        pictures: range, turn: int, condition: Tensor, image: Tensor, rest: Tensor, wanted: Sequence[Place | None]
+    ) -> DrawnTurn:
         def draw_candidate(candidate: int, rows: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
             chosen = [pictures[row] for row in rows]
-            rngs = [_source_of_turn(generator, _candidate_seed(seeds[i], candidate), turn.number) for i in chosen]
-            part = turn.rows(rows)
-            drawn, place = _draw_turn(generator, _turn_noise(generator, rngs), part)
-            seen, _ = round_turn(part.image, drawn, part.rest)
-            return drawn, place, exact_probability(seen, targets[turn.number][chosen])
+            rngs = [_source_of_turn(generator, _candidate_seed(seeds[i], candidate), turn) for i in chosen]
+            noise, asked = _turn_noise(generator, rngs), [wanted[row] for row in rows]
+            drawn, place = _draw_turn(generator, noise, condition[rows], image[rows], asked)
+            seen, _ = round_turn(image[rows], drawn, rest[rows])
+            return drawn, place, exact_probability(seen, targets[turn][chosen])
 
         drawn, place, score = draw_candidate(0, [*range(len(pictures))])
-        there = [row for row, i in enumerate(pictures) if turn.number < len(scenes[i])]
+        there = [row for row, i in enumerate(pictures) if turn < len(scenes[i])]
         for candidate in range(1, best_of):
             failed = [row for row in there if score[row] < GOOD_TURN]
             if not failed:
                 break
             others, other_places, other_scores = draw_candidate(candidate, failed)
             for n, row in enumerate(failed):
-                draws[pictures[row]][turn.number] += 1
+                draws[pictures[row]][turn] += 1
                 if other_scores[n] > score[row]:
                     drawn[row], score[row] = others[n], other_scores[n]
                     if place is not None and other_places is not None:

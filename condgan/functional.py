@@ -134,8 +134,7 @@ def rollout(
         places: (N, T, 2) centres in pixels (x, y), for generators that know places; padding may be NaN.
         callback: called after every turn with its number and the pictures (N, 3, H, W).
         rest: (N, 3, H, W), what rounding to 256 levels took from ``start``: every picture is rounded too, as in
-            ``generate``, which lays grain besides (:func:`condgan.images.round_turn`). None leaves pictures, and
-            gradients, as they are.
+            ``generate`` (:func:`condgan.images.round_turn`). None leaves pictures, and gradients, as they are.
 
     Returns:
         (N, T, 3, H, W) in [-1, 1]: the picture after every turn. A turn whose condition is all zeros (padding)
@@ -319,12 +318,6 @@ def _pixels_of_squares(corners: Tensor, size: int) -> tuple[Tensor, Tensor, Tens
 def local_mean(images: Tensor, size: int) -> Tensor:
     """The mean of the square of an odd ``size`` around each pixel, edges repeated: (N, C, H, W) to the same."""
     return F.avg_pool2d(F.pad(images, [size // 2] * 4, mode="replicate"), size, 1)
-
-
-def square_root(covariance: Tensor) -> Tensor:
-    """The symmetric roots of covariances, (..., C, C) to the same; variances below zero count as zero."""
-    variances, axes = torch.linalg.eigh(covariance)
-    return (axes * variances.clamp(min=0).sqrt()[..., None, :]) @ axes.mT
 
 
 def _check_pairs(name: str, pairs: Tensor, n: int | None = None) -> None:

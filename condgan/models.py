@@ -19,10 +19,9 @@ from condgan import drawing
 from condgan import images as pictures
 from condgan.canvas import Canvas
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
-from condgan.correction import Correction, FirstTurnCorrection
+from condgan.correction import FirstTurnCorrection
 from condgan.drawing import Redraw
 from condgan.functional import crop, paste
-from condgan.grain import TurnGrain
 from condgan.hub import PretrainedModel
 from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised
 from condgan.light import SceneLight
@@ -127,9 +126,6 @@ class IterativeGenerator(PretrainedModel):
         if config.correction:
             sizes = len(self.vocabulary), config.condition_dim, config.image_size, config.light_inputs
             self.correction = FirstTurnCorrection(*sizes, config.window or config.image_size)
-        self.turn_grain = None
-        if config.turn_grain:
-            self.turn_grain = TurnGrain(len(self.vocabulary), config.image_size, config.window or config.image_size)
 
     @property
     def image_size(self) -> int:
@@ -183,11 +179,11 @@ class IterativeGenerator(PretrainedModel):
             drawn = self._draw(*arguments)
         else:
             drawn = torch.cat([self._draw(*part) for part in zip(*(x.split(size) for x in arguments), strict=True)])
-        correction = None if self.correction is None else self.correction(condition, light, place)
-        if correction is not None:
+        offset = None if self.correction is None else self.correction(condition, light)
+        if offset is not None:
             if view.corners is not None:
-                correction = Correction(*(crop(part, view.corners, drawn.shape[-1]) for part in correction))
-            drawn = (view.images[0] + correction.apply(drawn - view.images[0])).to(drawn.dtype).clamp(-1, 1)
+                offset = crop(offset, view.corners, drawn.shape[-1])
+            drawn = (drawn + offset.to(drawn.dtype)).clamp(-1, 1)
         return drawn if view.corners is None else paste(prev_image, drawn, view.corners)
 
     def _check_turn(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None) -> None:

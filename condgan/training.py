@@ -17,7 +17,6 @@ from condgan.calibration import (
     correct_first_turns,
     fit_mapping,
     fit_places,
-    measure_turn_grain,
     prefer_legible_codes,
     read_alone,
     recalibrate,
@@ -147,7 +146,6 @@ PRESETS: dict[str, TrainConfig] = {
             noise_in_norm=True,
             mapping=True,
             correction=True,
-            turn_grain=True,
             light_components=64,
             light_inputs=12,
         ),
@@ -656,7 +654,7 @@ class Trainer:
         return generator
 
     def finish(self, progress: bool = True) -> IterativeGenerator:
-        """What the run was for: :meth:`export`, with all that is fitted to finished weights."""
+        """What the run was for: :meth:`export`, with mapping, place model and correction fitted to finished weights."""
         generator, scenes = copy.deepcopy(self.ema_generator), self.scenes
         one_hot = F.one_hot(scenes.objects, scenes.num_objects).float()
         self._fit_mapping(generator, progress)
@@ -671,8 +669,6 @@ class Trainer:
             prefer_legible_codes(generator, self.verifier, one_hot, scenes=drawn, bf16=bf16, progress=progress)
         if generator.correction is not None:
             correct_first_turns(generator, scenes.pixels[:, :2], scenes.objects[:, 0], progress=progress)
-        if generator.turn_grain is not None and scenes.places is not None:
-            measure_turn_grain(generator, scenes.pixels, scenes.objects, scenes.places, progress=progress)
         return generator
 
     def _fit_mapping(self, generator: IterativeGenerator, progress: bool) -> None:

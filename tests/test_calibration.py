@@ -24,10 +24,9 @@ from condgan.calibration import (
 )
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.configs import NoiseEncoderConfig
-from condgan.correction import NO_LIMIT, turned
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
-from condgan.images import from_uint8, to_uint8
+from condgan.images import to_uint8
 from condgan.models import NoiseEncoder
 
 
@@ -51,10 +50,6 @@ def test_recalibrated_statistics_are_those_of_own_scenes(data: Path) -> None:
     assert all(m.momentum == 0.1 for m in generator.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
-NO_PLACES = replace(COMPACT, places=False, window=None, turn_grain=False)
-"""Each of our small generators puts its first objects elsewhere."""
-
-
 def mean_changes(generator: IterativeGenerator, names: Sequence[str], seeds: range) -> Tensor:
     """(K, 3, H, W): what the first turns of each object change on average, in grey levels."""
     means = []
@@ -66,8 +61,8 @@ def mean_changes(generator: IterativeGenerator, names: Sequence[str], seeds: ran
 
 def test_corrected_first_turns_are_right_on_average_and_objects_without_data_stay_as_they_were() -> None:
     names = ("red cube", "blue sphere", "gray cylinder")
-    config = replace(NO_PLACES, objects=names, light_components=0, light_inputs=0)
-    generator, teacher = lively_generator(config), lively_generator(config, seed=1)
+    generator = lively_generator(replace(COMPACT, objects=names, light_components=0, light_inputs=0))
+    teacher = lively_generator(replace(COMPACT, objects=names, light_components=0, light_inputs=0), seed=1)
     scenes = draw_turns(teacher, [[name] for name in names[:2]] * 60, range(120))
     pixels, objects = to_uint8(scenes.images), torch.tensor([0, 1] * 60)
     seeds = range(1000, 1060)
@@ -78,30 +73,11 @@ def test_corrected_first_turns_are_right_on_average_and_objects_without_data_sta
     errors = [(drawn - real)[:2].square().mean().sqrt() for drawn in (before, after)]
     assert errors[1] < 0.45 * errors[0], errors
     assert not generator.training
-    assert generator.correction is not None
-    down, up = generator.correction.limits.chunk(2, 1)  # (3, 3, 64, 64) each
-    change = turned(from_uint8(pixels[:, 1]) - from_uint8(pixels[:, 0]))
-    for kind in range(2):
-        torch.testing.assert_close(-down[kind], change[objects == kind].amin(0))
-        torch.testing.assert_close(up[kind], change[objects == kind].amax(0))
-    assert (generator.correction.limits[2] == NO_LIMIT).all()
-
-
-def test_the_usual_places_of_first_objects_are_measured() -> None:
-    generator = lively_generator(replace(COMPACT, objects=("red cube", "blue sphere", "gray cylinder")))
-    pixels = torch.full((60, 2, 3, 64, 64), 100, dtype=torch.uint8)
-    objects = torch.tensor([0, 1] * 30)
-    pixels[objects == 0, 1, 0, 20:25, 30:35] = 200
-    pixels[objects == 1, 1, 2, 40:43, 10:13] = 200
-    correct_first_turns(generator, pixels, objects, progress=False)
-    assert generator.correction is not None
-    assert generator.correction.places[:2].tolist() == [[32.0, 22.0], [11.0, 41.0]]
-    assert generator.correction.reach.tolist() == [1.0, 1.0, 128.0]
 
 
 def test_corrected_first_turns_answer_to_the_light_as_real_ones_do() -> None:
     """Both draw nothing but the correction, so what the one lacks is known."""
-    config = replace(NO_PLACES, objects=("red cube", "blue sphere"))
+    config = replace(COMPACT, objects=("red cube", "blue sphere"), window=None)
     generator, teacher = lively_generator(config), lively_generator(config)
     ramp = torch.linspace(-0.1, 0.1, 64)
     scenes = [[name] for name in config.objects] * 80

@@ -17,7 +17,7 @@ from torch import Tensor
 from condgan import IterativeGenerator, drawing
 from condgan.drawing import draw_turns
 from condgan.functional import encode_objects, roll_conditions, rollout
-from condgan.images import from_uint8, load_image, round_turn, to_pil, to_uint8
+from condgan.images import from_uint8, load_image, to_pil, to_uint8
 
 # What a picture depends on
 
@@ -79,7 +79,7 @@ def test_changed_weights_are_drawn_with_from_the_next_call_or_turn_on(generator:
 
 
 def test_drawing_is_a_rollout_with_the_noise_of_the_seed(generator: IterativeGenerator) -> None:
-    """The plain version: canvas, then for every turn three numbers for the place, z and grain, from the seed."""
+    """The plain version: canvas, then for every turn three numbers for the place and z, from the picture's own seed."""
     scene = ["red cube", "blue sphere", "gray cube"]
     at = [(30.0, 20.0), (10.5, 50.0), (44.0, 44.0)] if generator.config.places else None
     result = generator.generate(scene, seed=9, at=at)
@@ -87,26 +87,17 @@ def test_drawing_is_a_rollout_with_the_noise_of_the_seed(generator: IterativeGen
     light = torch.randn(1, generator.config.light_components, generator=rng)
     canvas = generator.canvas(light, torch.randn(1, 3, 64, 64, generator=rng))
     start = from_uint8(to_uint8(canvas))
-    rest = first_rest = (canvas - start).clamp(-0.5 / 127.5, 0.5 / 127.5)
-    objects = encode_objects([scene])
-    conditions, _ = roll_conditions(generator.encoder, objects)
-    image, noise = start, []
-    assert torch.equal(result.trajectory[:, 0], start)
+    rest = (canvas - start).clamp(-0.5 / 127.5, 0.5 / 127.5)
+    noise = []
+    for _ in scene:
+        torch.rand(3, generator=rng)
+        noise.append(torch.randn(generator.z_dim, generator=rng))
+    places = None if at is None else torch.tensor([at])
     with torch.no_grad():
-        for turn in range(3):
-            torch.rand(3, generator=rng)
-            noise.append(torch.randn(1, generator.z_dim, generator=rng))
-            place = None if at is None else torch.tensor(at[turn : turn + 1])
-            drawn = generator(noise[turn], conditions[:, turn], image, place)
-            if generator.turn_grain is not None:
-                grain = torch.randn(1, 3, 64, 64, generator=rng)
-                if turn:
-                    drawn = generator.turn_grain(drawn, image, objects[:, turn], place, grain)
-            image, rest = round_turn(image, drawn, rest)
-            assert torch.equal(result.trajectory[:, turn + 1], image)
-        if generator.turn_grain is None:
-            wanted = rollout(generator, conditions, torch.stack(noise, 1), start, None, rest=first_rest)
-            assert torch.equal(result.trajectory[:, 1:], wanted)
+        conditions, _ = roll_conditions(generator.encoder, encode_objects([scene]))
+        wanted = rollout(generator, conditions, torch.stack(noise)[None], start, places, rest=rest)
+    assert torch.equal(result.trajectory[:, 0], start)
+    assert torch.equal(result.trajectory[:, 1:], wanted)
 
 
 def test_stream_equals_generate(generator: IterativeGenerator) -> None:

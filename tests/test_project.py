@@ -29,7 +29,7 @@ GROUPS = (
     ("vocab", "derived", "losses", "hub", "images", "ranks", "correction", "precision"),
     ("layers", "flow", "light", "configs"),
     ("functional", "requests"),
-    ("canvas", "classifier", "counter", "grain"),
+    ("canvas", "classifier", "counter"),
     ("results",),
     ("drawing", "parts"),
     ("models",),

@@ -258,8 +258,7 @@ def candidates_of_a_turn(
 ) -> list[tuple[Tensor, Tensor]]:
     """The plain version: pictures and places of a turn with the random numbers that the pictures of seed, seed + 2**32
     and so on have for it."""
-    objects = encode_objects([scene])
-    condition = roll_conditions(generator.encoder, objects)[0][:, turn]
+    condition = roll_conditions(generator.encoder, encode_objects([scene]))[0][:, turn]
     found = []
     for k in range(count):
         rng = random_source(seed + k * CANDIDATE_STRIDE)
@@ -267,13 +266,9 @@ def candidates_of_a_turn(
         torch.randn(3, 64, 64, generator=rng)
         for _ in range(turn + 1):
             uniform, z = torch.rand(3, generator=rng), torch.randn(generator.z_dim, generator=rng)
-            grain = torch.randn(1, 3, 64, 64, generator=rng)
-        assert generator.place_model is not None and generator.turn_grain is not None
+        assert generator.place_model is not None
         place = generator.place_model.sample(image[None], condition, uniform[None])
-        drawn = generator(z[None], condition, image[None], place)
-        if turn:
-            drawn = generator.turn_grain(drawn, image[None], objects[:, turn], place, grain)
-        found.append((drawn[0], place[0]))
+        found.append((generator(z[None], condition, image[None], place)[0], place[0]))
     return found
 
 

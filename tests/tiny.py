@@ -22,7 +22,6 @@ COMPACT = GeneratorConfig(
     noise_in_norm=True,
     mapping=True,
     correction=True,
-    turn_grain=True,
     light_components=3,
     light_inputs=2,
 )
@@ -80,8 +79,6 @@ def lively_generator(config: GeneratorConfig, seed: int = 0) -> IterativeGenerat
             for added in (generator.correction.offsets, generator.correction.slopes):
                 if added is not None:
                     added += 0.05 * torch.randn_like(added)
-        if generator.turn_grain is not None:
-            generator.turn_grain.mix += 0.02 * torch.randn_like(generator.turn_grain.mix)
     return generator
 
 
