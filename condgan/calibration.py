@@ -15,13 +15,15 @@ from tqdm import tqdm, trange
 
 from condgan.classifier import SceneClassifier
 from condgan.drawing import DrawnTurn, iterate_turns, random_source
-from condgan.functional import ConditionEncoder, evaluating, roll_conditions
+from condgan.functional import ConditionEncoder, evaluating, place_of_change, roll_conditions
 from condgan.images import from_uint8, to_uint8
 from condgan.models import IterativeGenerator, NoiseEncoder
 from condgan.precision import autocast
 
 CORRECTION_PASSES = 3
 """How often :func:`correct_first_turns` draws all scenes."""
+FIRST_REACH = 1.0
+"""Pixels around the mean place of an object's first turns within which they are corrected: all of i-CLEVR's are."""
 RIDGE = 0.05
 """Share of the scenes that answers to the light are shortened by: there are about 200 of each object."""
 BATCH_SIZE = 32
@@ -359,6 +361,8 @@ def correct_first_turns(
         before, after = from_uint8(pixels[rows].to(device)).unbind(1)
         real.add(before, after, kinds[objects[rows]])
     wanted = real.coefficients()
+    if generator.place_model is not None:
+        correction.put_(real.places(), FIRST_REACH)
     total = CORRECTION_PASSES * len(pixels)
     with (
         evaluating(generator),
@@ -385,6 +389,7 @@ class _Answers:
         device = next(generator.parameters()).device
         self.products = torch.zeros(kinds, numbers, numbers, device=device)
         self.sums = torch.zeros(kinds, numbers, 3, size, size, device=device)
+        self.place_sums = torch.zeros(kinds, 2, device=device)
 
     def add(self, before: Tensor, after: Tensor, one_hot: Tensor) -> None:
         """Take note of N turns, each with the object that was added, (N, K)."""
@@ -393,8 +398,13 @@ class _Answers:
         known = known if light is None else torch.cat((known, light), 1)  # (N, 1 + L)
         one_hot = one_hot.to(known)
         self.products += torch.einsum("nk,ni,nj->kij", one_hot, known, known)
+        self.place_sums += one_hot.T @ place_of_change(before, after).nan_to_num((self.generator.image_size - 1) / 2)
         known_by_kind = torch.einsum("nk,ni->kin", one_hot, known)
         self.sums += (known_by_kind @ (after - before).flatten(1)).view_as(self.sums)
+
+    def places(self) -> Tensor:
+        """The mean place of each object in pixels (x, y), (K, 2); NaN for objects that were never added."""
+        return self.place_sums / self.products[:, :1, 0]
 
     def coefficients(self) -> Tensor:
         """(K, 1 + L, 3, H, W): the mean change, and the answer to each number; 0 for objects that were never added."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ class FirstTurnCorrection(nn.Module):
     an object answers to the light. So both are measured after training
     (:func:`condgan.calibration.correct_first_turns`): an offset for each object, and a slope for each number that says
     how the scene is lit, in a square at the middle. A first turn is known by its condition, which depends on the object
-    only; to other turns nothing is added.
+    only, and by its place; to other turns, and to objects that are put elsewhere, nothing is added.
 
     All weights are buffers: the optimizer of a larger model leaves them alone. A fresh correction adds nothing.
 
@@ -34,6 +36,7 @@ class FirstTurnCorrection(nn.Module):
     Shape:
         condition: (N, D); no gradient flows back to it.
         light: (N, L), or None without light.
+        place: (N, 2) in pixels (x, y), or None for models that do not know it.
         output: (N, 3, H, W), to be added to pictures in [-1, 1]; or None, on a CPU, where no turn is a first one.
 
     Source: matching the means of real and drawn pictures is the feature matching of Salimans et al. 2016,
@@ -43,6 +46,8 @@ class FirstTurnCorrection(nn.Module):
     conditions: Tensor
     offsets: Tensor
     slopes: Tensor | None
+    places: Tensor
+    reach: Tensor
 
     def __init__(
         self, num_objects: int, condition_dim: int, image_size: int, light_inputs: int = 0, slope_size: int = 0
@@ -52,11 +57,16 @@ class FirstTurnCorrection(nn.Module):
         self.register_buffer("offsets", torch.zeros(num_objects, 3, image_size, image_size))
         slopes = torch.zeros(num_objects, 3 * light_inputs, slope_size, slope_size) if light_inputs else None
         self.register_buffer("slopes", slopes)  # of rank 4, or a module cannot be channels_last
+        self.register_buffer("places", torch.zeros(num_objects, 2))
+        self.register_buffer("reach", torch.full((num_objects,), 2.0 * image_size))  # so far from there it is added
 
-    def forward(self, condition: Tensor, light: Tensor | None = None) -> Tensor | None:
+    def forward(self, condition: Tensor, light: Tensor | None = None, place: Tensor | None = None) -> Tensor | None:
         likeness = F.normalize(condition.detach()) @ F.normalize(self.conditions).T  # (N, K)
         likeness, nearest = likeness.max(1)
         share = F.relu((likeness - LEAST_LIKENESS) / (1 - LEAST_LIKENESS))
+        if place is not None:
+            beyond = (place - self.places[nearest]).norm(dim=1) - self.reach[nearest]
+            share = share * (1 - beyond).clamp(0, 1)  # none a pixel further away
         can_look = share.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would have to be waited for
         if can_look and not share.any():
             return None
@@ -72,6 +82,7 @@ class FirstTurnCorrection(nn.Module):
     def clear_(self) -> None:
         """Add nothing any more."""
         self.offsets.zero_()
+        self.reach.fill_(2.0 * self.offsets.shape[-1])
         if self.slopes is not None:
             self.slopes.zero_()
 
@@ -82,6 +93,18 @@ class FirstTurnCorrection(nn.Module):
             size = self.slopes.shape[-1]
             inside = slice((self.offsets.shape[-1] - size) // 2, (self.offsets.shape[-1] + size) // 2)
             self.slopes += coefficients[:, 1:, :, inside, inside].flatten(1, 2)
+
+    def put_(self, places: Tensor, reach: float) -> None:
+        """Add only within ``reach`` pixels of the usual places (K, 2); NaN where an object's is not known."""
+        known = places.isfinite().all(1)
+        self.places[known] = places[known]
+        self.reach[known] = reach
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, fresh in (("places", 0.0), ("reach", 2.0 * self.offsets.shape[-1])):
+            buffer = torch.full_like(self.get_buffer(name), fresh)
+            state_dict.setdefault(f"{prefix}{name}", buffer)  # checkpoints of before the places were known
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         num_objects, condition_dim = self.conditions.shape

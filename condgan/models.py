@@ -179,7 +179,7 @@ class IterativeGenerator(PretrainedModel):
             drawn = self._draw(*arguments)
         else:
             drawn = torch.cat([self._draw(*part) for part in zip(*(x.split(size) for x in arguments), strict=True)])
-        offset = None if self.correction is None else self.correction(condition, light)
+        offset = None if self.correction is None else self.correction(condition, light, place)
         if offset is not None:
             if view.corners is not None:
                 offset = crop(offset, view.corners, drawn.shape[-1])

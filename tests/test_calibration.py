@@ -50,6 +50,10 @@ def test_recalibrated_statistics_are_those_of_own_scenes(data: Path) -> None:
     assert all(m.momentum == 0.1 for m in generator.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
+NO_PLACES = replace(COMPACT, places=False, window=None)
+"""Each of our small generators puts its first objects elsewhere, where nothing is corrected."""
+
+
 def mean_changes(generator: IterativeGenerator, names: Sequence[str], seeds: range) -> Tensor:
     """(K, 3, H, W): what the first turns of each object change on average, in grey levels."""
     means = []
@@ -61,8 +65,8 @@ def mean_changes(generator: IterativeGenerator, names: Sequence[str], seeds: ran
 
 def test_corrected_first_turns_are_right_on_average_and_objects_without_data_stay_as_they_were() -> None:
     names = ("red cube", "blue sphere", "gray cylinder")
-    generator = lively_generator(replace(COMPACT, objects=names, light_components=0, light_inputs=0))
-    teacher = lively_generator(replace(COMPACT, objects=names, light_components=0, light_inputs=0), seed=1)
+    config = replace(NO_PLACES, objects=names, light_components=0, light_inputs=0)
+    generator, teacher = lively_generator(config), lively_generator(config, seed=1)
     scenes = draw_turns(teacher, [[name] for name in names[:2]] * 60, range(120))
     pixels, objects = to_uint8(scenes.images), torch.tensor([0, 1] * 60)
     seeds = range(1000, 1060)
@@ -75,9 +79,21 @@ def test_corrected_first_turns_are_right_on_average_and_objects_without_data_sta
     assert not generator.training
 
 
+def test_the_usual_places_of_first_objects_are_measured() -> None:
+    generator = lively_generator(replace(COMPACT, objects=("red cube", "blue sphere", "gray cylinder")))
+    pixels = torch.full((60, 2, 3, 64, 64), 100, dtype=torch.uint8)
+    objects = torch.tensor([0, 1] * 30)
+    pixels[objects == 0, 1, 0, 20:25, 30:35] = 200
+    pixels[objects == 1, 1, 2, 40:43, 10:13] = 200
+    correct_first_turns(generator, pixels, objects, progress=False)
+    assert generator.correction is not None
+    assert generator.correction.places[:2].tolist() == [[32.0, 22.0], [11.0, 41.0]]
+    assert generator.correction.reach.tolist() == [1.0, 1.0, 128.0]
+
+
 def test_corrected_first_turns_answer_to_the_light_as_real_ones_do() -> None:
     """Both draw nothing but the correction, so what the one lacks is known."""
-    config = replace(COMPACT, objects=("red cube", "blue sphere"), window=None)
+    config = replace(NO_PLACES, objects=("red cube", "blue sphere"))
     generator, teacher = lively_generator(config), lively_generator(config)
     ramp = torch.linspace(-0.1, 0.1, 64)
     scenes = [[name] for name in config.objects] * 80

@@ -57,6 +57,22 @@ def test_conditions_unlike_those_of_first_turns_get_nothing() -> None:
     assert correction(far[None]) is None
 
 
+def test_first_turns_are_corrected_at_their_usual_places_only() -> None:
+    correction = filled()
+    conditions = torch.eye(3, 4)[:1].expand(4, 4)
+    place = torch.tensor([[3.0, 4.0], [3.0, 5.0], [4.5, 4.0], [3.0, 7.0]])  # 0, 1, 1.5 and 3 pixels away
+    everywhere = correction.offsets[:1].expand(4, -1, -1, -1)
+    torch.testing.assert_close(correction(conditions, None, place), everywhere)
+    correction.put_(torch.tensor([[3.0, 4.0], [torch.nan, torch.nan], [9.0, 9.0]]), reach=1.0)
+    share = torch.tensor([1, 1, 0.5, 0])[:, None, None, None]
+    torch.testing.assert_close(correction(conditions, None, place), share * everywhere)
+    assert correction(conditions[3:], None, place[3:]) is None
+    elsewhere = correction(torch.eye(3, 4)[1:2], None, torch.tensor([[7.0, 7.0]]))
+    torch.testing.assert_close(elsewhere, correction.offsets[1:2])  # its usual place is not known
+    correction.load_state_dict({k: v for k, v in filled().state_dict().items() if k not in ("places", "reach")})
+    assert correction(conditions[3:], None, place[3:]) is not None, "as a checkpoint of before places were known"
+
+
 def test_no_gradient_reaches_the_condition_and_no_optimizer_the_offsets() -> None:
     correction = filled()
     assert not correction(torch.eye(3, 4, requires_grad=True)).requires_grad
