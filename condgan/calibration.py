@@ -356,13 +356,14 @@ def correct_first_turns(
     kinds = torch.eye(len(generator.vocabulary))
     correction.conditions.copy_(generator.encoder(kinds.to(device))[0])
     correction.clear_()
-    real = _Answers(generator)
+    real, places = _Answers(generator), torch.zeros(len(pixels), 2, device=device)
     for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
         before, after = from_uint8(pixels[rows].to(device)).unbind(1)
         real.add(before, after, kinds[objects[rows]])
+        places[rows] = place_of_change(before, after).nan_to_num((generator.image_size - 1) / 2)
     wanted = real.coefficients()
-    if generator.place_model is not None:
-        correction.put_(real.places(), FIRST_REACH)
+    if generator.place_model is not None:  # the mean of no places is NaN
+        correction.put_(torch.stack([places[objects == kind].mean(0) for kind in range(len(kinds))]), FIRST_REACH)
     total = CORRECTION_PASSES * len(pixels)
     with (
         evaluating(generator),
@@ -389,7 +390,6 @@ class _Answers:
         device = next(generator.parameters()).device
         self.products = torch.zeros(kinds, numbers, numbers, device=device)
         self.sums = torch.zeros(kinds, numbers, 3, size, size, device=device)
-        self.place_sums = torch.zeros(kinds, 2, device=device)
 
     def add(self, before: Tensor, after: Tensor, one_hot: Tensor) -> None:
         """Take note of N turns, each with the object that was added, (N, K)."""
@@ -398,13 +398,8 @@ class _Answers:
         known = known if light is None else torch.cat((known, light), 1)  # (N, 1 + L)
         one_hot = one_hot.to(known)
         self.products += torch.einsum("nk,ni,nj->kij", one_hot, known, known)
-        self.place_sums += one_hot.T @ place_of_change(before, after).nan_to_num((self.generator.image_size - 1) / 2)
         known_by_kind = torch.einsum("nk,ni->kin", one_hot, known)
         self.sums += (known_by_kind @ (after - before).flatten(1)).view_as(self.sums)
-
-    def places(self) -> Tensor:
-        """The mean place of each object in pixels (x, y), (K, 2); NaN for objects that were never added."""
-        return self.place_sums / self.products[:, :1, 0]
 
     def coefficients(self) -> Tensor:
         """(K, 1 + L, 3, H, W): the mean change, and the answer to each number; 0 for objects that were never added."""
