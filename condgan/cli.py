@@ -584,7 +584,6 @@ def _parser() -> argparse.ArgumentParser:
           compact         small, knows places; from two hours on a CPU core
           reference       the networks and the numbers of the reference system
           reference-code  likewise, with the losses of its public code
-          polish          goes on from a trained compact one, at the look of objects only
         """,
         """
         condgan prepare iclevr
@@ -594,10 +593,6 @@ def _parser() -> argparse.ArgumentParser:
         # a narrower and shorter one; fields as in condgan.training.TrainConfig
         condgan train --data iclevr --out small --images 200000 \\
             --set generator.width=8 --set lr_generator=1e-4
-
-        # at last, the look of what it draws
-        condgan train --data iclevr --preset polish --out polished --set init_generator=run/model \\
-            --set init_noise_encoder=run/noise-encoder
 
         # one process for each of four GPUs, or CPU cores; docs/scale.md says more
         torchrun --nproc-per-node 4 -m condgan train --data iclevr --out run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -93,9 +93,6 @@ class TrainConfig:
     """Name, folder or hub id of a discriminator to start from; None starts afresh."""
     init_noise_encoder: str | None = None
     """Name, folder or hub id of a noise encoder to start from; None starts afresh."""
-    look_only: bool = False
-    """Train only how objects look: RNN, mapping and place model stay those of ``init_generator``, and are not fitted
-    at the end of the run."""
     verifier: str | None = None
     """Name, folder or hub id of the classifier that at the end of the run tells which codes show the object well
     (:func:`condgan.calibration.prefer_legible_codes`), for models with a mapping; None leaves the mapping as it is."""
@@ -122,10 +119,6 @@ class TrainConfig:
             raise ValueError(
                 f"reconstruction_weight={self.reconstruction_weight} needs a noise encoder that has learned: "
                 "give reconstruction_images or init_noise_encoder"
-            )
-        if self.look_only and (self.init_generator is None or self.reconstruction_images):
-            raise ValueError(
-                "look_only=True keeps what a trained generator knows: give init_generator, and no reconstruction_images"
             )
         for name in ("image_size", "places", "window", "condition_dim", "objects", "light_inputs"):
             ours, theirs = getattr(self.generator, name), getattr(self.discriminator, name)
@@ -174,21 +167,6 @@ PRESETS: dict[str, TrainConfig] = {
         verifier="verifier",
     ),
 }
-PRESETS["polish"] = replace(
-    PRESETS["compact"],
-    discriminator=replace(PRESETS["compact"].discriminator, judges="picture"),
-    images=40_000,
-    reconstruction_images=0,
-    reconstruction_weight=2.0,
-    batch_scenes=6,
-    lr_discriminator=6e-4,
-    decay_images=28_000,
-    own_pictures=0.6,
-    ema_halflife_images=5_000,
-    init_generator="iclevr-64",
-    init_noise_encoder="iclevr-64-noise-encoder",
-    look_only=True,
-)
 
 
 class Part(NamedTuple):
@@ -380,10 +358,6 @@ class Trainer:
         self.discriminator = discriminator.to(memory_format=torch.channels_last).train()
         self.noise_encoder = noise_encoder
         self.verifier = verifier
-        if config.look_only:
-            for part in (generator.encoder, generator.mapping, generator.place_model):
-                if part is not None:
-                    part.requires_grad_(False)
         found = []
         if noise_encoder is not None:
             self.noise_encoder = noise_encoder.to(memory_format=torch.channels_last).train()
@@ -451,8 +425,7 @@ class Trainer:
 
     def _parameters(self, *names: str) -> list[nn.Parameter]:
         """What the optimizers of these names change."""
-        groups = (group for name in names for group in self.optimizers[name].param_groups)
-        return [p for group in groups for p in group["params"] if p.requires_grad]
+        return [p for name in names for group in self.optimizers[name].param_groups for p in group["params"]]
 
     def _set_learning_rates(self) -> None:
         config = self.config
@@ -567,8 +540,6 @@ class Trainer:
 
     def _chance_losses(self, batch: Batch, conditions: Tensor, code: Tensor | None) -> dict[str, Tensor]:
         """Of what is left to chance, places and codes: how unlikely the real ones are. The networks are not touched."""
-        if self.config.look_only:
-            return {}
         conditions = conditions.detach().float()
         losses = {}
         if self.generator.place_model is not None and batch.places is not None:
@@ -693,22 +664,19 @@ class Trainer:
         """What the run was for: :meth:`export`, with mapping, place model and correction fitted to finished weights."""
         generator, scenes = copy.deepcopy(self.ema_generator), self.scenes
         one_hot = F.one_hot(scenes.objects, scenes.num_objects).float()
-        if not self.config.look_only:
-            self._fit_mapping(generator, progress)
-            self._fit_places(generator, progress)
+        self._fit_mapping(generator, progress)
+        if scenes.places is not None:
+            dropout = self.config.history_dropout
+            fit_places(
+                generator, scenes.pixels, scenes.objects, scenes.places, history_dropout=dropout, progress=progress
+            )
         recalibrate(generator, one_hot)
-        if self.verifier is not None and generator.mapping is not None and not self.config.look_only:
+        if self.verifier is not None and generator.mapping is not None:
             drawn, bf16 = self.config.verifier_scenes, self.config.bf16
             prefer_legible_codes(generator, self.verifier, one_hot, scenes=drawn, bf16=bf16, progress=progress)
         if generator.correction is not None:
             correct_first_turns(generator, scenes.pixels[:, :2], scenes.objects[:, 0], progress=progress)
         return generator
-
-    def _fit_places(self, generator: IterativeGenerator, progress: bool) -> None:
-        scenes, dropout = self.scenes, self.config.history_dropout
-        if scenes.places is not None:
-            turns = scenes.pixels, scenes.objects, scenes.places
-            fit_places(generator, *turns, history_dropout=dropout, progress=progress)
 
     def _fit_mapping(self, generator: IterativeGenerator, progress: bool) -> None:
         if generator.mapping is None or self.noise_encoder is None:

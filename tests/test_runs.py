@@ -231,32 +231,6 @@ def test_a_run_can_start_from_trained_networks(data: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("no_recalibration")
-def test_a_run_is_polished_in_one_part_or_in_two(data: Path, tmp_path: Path) -> None:
-    trained = train(data, tmp_path / "first", dataclasses.replace(RUN, images=18), device="cpu", progress=False)
-    config = dataclasses.replace(
-        RUN,
-        images=36,
-        discriminator=dataclasses.replace(RUN.discriminator, judges="picture"),
-        reconstruction_images=0,
-        init_generator=str(tmp_path / "first/model"),
-        init_noise_encoder=str(tmp_path / "first/noise-encoder"),
-        look_only=True,
-    )
-    whole = train(data, tmp_path / "whole", config, device="cpu", progress=False)
-    for images in (18, 36):
-        train(data, tmp_path / "parts", dataclasses.replace(config, images=images), device="cpu", progress=False)
-    assert tensors(tmp_path / "parts").keys() == tensors(tmp_path / "whole").keys()
-    assert all(
-        torch.equal(tensors(tmp_path / "parts")[name], value) for name, value in tensors(tmp_path / "whole").items()
-    )
-    kept = {name for name, weight in trained.named_parameters() if torch.equal(weight, whole.get_parameter(name))}
-    assert {name.split(".")[0] for name in kept} == {"encoder", "mapping", "place_model"}
-    assert kept == {
-        name for name, _ in trained.named_parameters() if name.startswith(("encoder", "mapping", "place_m"))
-    }
-
-
-@pytest.mark.usefixtures("no_recalibration")
 def test_a_verifier_has_a_say_in_the_finished_mapping_only(data: Path, tmp_path: Path) -> None:
     left_alone = dataclasses.replace(RUN, images=9, reconstruction_images=0, reconstruction_weight=0.0)
     config = dataclasses.replace(left_alone, verifier="verifier", verifier_scenes=1)
