@@ -81,16 +81,11 @@ class DiscriminatorConfig:
     light_inputs: int = added_later(0)
     """Numbers that say how the scene is lit, as in :class:`GeneratorConfig`. They are a bias on the difference of the
     features, without spectral normalisation."""
-    judges: Literal["difference", "picture"] = added_later("difference")
-    """``difference``: what changed between the two pictures; ``picture``: how the second one looks, whatever was before
-    it."""
 
     def __post_init__(self) -> None:
         _check_image_size(self.image_size)
         _check_at_least(1, width=self.width, condition_dim=self.condition_dim)
         _check_at_least(0, light_inputs=self.light_inputs)
-        if self.judges not in ("difference", "picture"):
-            raise ValueError(f"judges must be 'difference' or 'picture', got {self.judges!r}")
         _check_window(self.window, self.image_size, self.places)
 
 

@@ -322,8 +322,7 @@ class DiscriminatorOutput(NamedTuple):
 class DiffDiscriminator(PretrainedModel):
     """Judges the difference between two pictures: is it a real object, and the one that was asked for?
 
-    Both pictures pass the first three blocks, their features are subtracted, and the difference goes on. With
-    ``config.judges="picture"`` nothing is subtracted: the second picture is judged by its look, whatever was before it.
+    Both pictures pass the first three blocks, their features are subtracted, and the difference goes on.
 
     Args:
         config: the architecture; None is the reference's, 64x64 and 24 objects.
@@ -391,26 +390,23 @@ class DiffDiscriminator(PretrainedModel):
         view = look([prev_image, *images], place, self.config.window)
         maps = [map_.to(prev_image.dtype) for map_ in view.maps]
         inputs = [torch.cat((image, *maps, *view.details[i : i + 1]), 1) for i, image in enumerate(view.images)]
-        light = None if self.light is None else self.light(prev_image)
         with parametrize.cached():  # one step of spectral normalisation's power iteration for all
-            if self.config.judges == "picture":
-                after = [self._features(x) for x in inputs[1:]]
-            else:
-                before, first = self._features(torch.cat(inputs[:2])).chunk(2)
-                after = [features - before for features in (first, *(self._features(x) for x in inputs[2:]))]
-            return [self._judge(features, condition, light) for features in after]
+            before, first = self._features(torch.cat(inputs[:2])).chunk(2)
+            after = [first, *(self._features(x) for x in inputs[2:])]
+            light = None if self.light is None else self.light_bias(self.light(prev_image).to(before.dtype))
+            return [self._judge(features - before, condition, light) for features in after]
 
     def _features(self, x: Tensor) -> Tensor:
-        """What the first three blocks see of pictures with their maps."""
+        """What the blocks before the difference see of pictures with their maps."""
         x = x.contiguous(memory_format=torch.channels_last)
         for i in range(3):
             x = self.get_submodule(f"block{i + 1}")(x)
         return x
 
     def _judge(self, x: Tensor, condition: Tensor, light: Tensor | None) -> DiscriminatorOutput:
-        """What features say of a picture or of what changed in it (zero where nothing did); they must fit the light."""
+        """What the difference of features says: all zeros where nothing changed. What changed must fit ``light``."""
         if light is not None:
-            x = x + self.light_bias(light.to(x.dtype))[:, :, None, None]
+            x = x + light[:, :, None, None]
         for i in range(3, self.num_blocks):
             x = self.get_submodule(f"block{i + 1}")(x)
         features = F.leaky_relu(x, NEGATIVE_SLOPE).sum((2, 3))

@@ -80,8 +80,7 @@ class TrainConfig:
     decay_images: int = 0
     """Pictures at the end of the run over which the learning rates fall linearly to a tenth."""
     own_pictures: float = 0.0
-    """Share of scenes whose turns start from the model's own picture. In a generator that starts afresh it grows from 0
-    and is reached at the end of the run."""
+    """Share of scenes, at the end of the run, whose turns start from the model's own picture; grows from 0."""
     history_dropout: float = 0.0
     """Share of scenes of which the RNN reads every turn as if it were the first, as it is when an object is added to a
     picture from elsewhere: what stands there is then known from the picture only."""
@@ -201,8 +200,6 @@ class Batch(NamedTuple):
     """(N, 3, H, W) in [-1, 1]."""
     images: Tensor
     """(N, 3, H, W) in [-1, 1]: what the turn made of it."""
-    real_images: Tensor
-    """(N, 3, H, W) in [-1, 1]: the same in the data, where the previous picture is the model's own."""
     objects: Tensor
     """(scenes, turns, K) multi-hot."""
     places: Tensor | None
@@ -282,8 +279,7 @@ class TrainingScenes:
         images = self.pixels[scenes].float() / 127.5 - 1
         objects = F.one_hot(self.objects[scenes], self.num_objects).float()
         places = None if self.places is None else self.places[scenes].flatten(0, 1)
-        before, after = images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1)
-        return Batch(before, after, after, objects, places, part)
+        return Batch(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1), objects, places, part)
 
     def _permutation(self, epoch: int, seed: int) -> Tensor:
         if getattr(self, "_epoch", None) != (epoch, seed):
@@ -445,8 +441,6 @@ class Trainer:
         """Let some scenes go on from what the averaged model drew; what a turn adds stays the same."""
         start = self.config.reconstruction_images
         progress = max(0.0, (self.images - start) / max(1, self.config.images - start))
-        if self.config.init_generator is not None:
-            progress = 1.0
         rng = _step_rng(self.config.seed, self.step, "own")
         turns, part = batch.turns, batch.part
         chosen = torch.rand(part.total, generator=rng) < self.config.own_pictures * progress  # of all ranks' scenes
@@ -578,8 +572,7 @@ class Trainer:
         with self._autocast():
             drawn = self.generator.synthesis(code, conditions, batch.prev_images, batch.places).float()
         fake = _dithered(drawn, self._uniform(batch))  # as users see it
-        real = batch.images if self.discriminator.config.judges == "difference" else batch.real_images
-        real_input = real.clone().requires_grad_(penalised)
+        real_input = batch.images.clone().requires_grad_(penalised)
         with self._autocast():
             pair = self.discriminator.compare(batch.prev_images, [fake, real_input], conditions.detach(), batch.places)
         (fake_logits, fake_object_logits), (real_logits, real_object_logits) = (

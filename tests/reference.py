@@ -327,7 +327,7 @@ def discriminate(
         x = dis_block(discriminator.block1, x, first=True)
         x = dis_block(discriminator.block2, x, first=False)
         features.append(dis_block(discriminator.block3, x, first=False))
-    x = features[1] if discriminator.config.judges == "picture" else features[1] - features[0]
+    x = features[1] - features[0]
     if discriminator.light is not None:
         light = discriminator.light(prev_image).to(x.dtype)
         x = x + (light @ discriminator.light_bias.weight.T)[:, :, None, None]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 from tiny import RUN
-from torch import Tensor
 
 from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator
 from condgan.datasets import SceneDataset
 from condgan.images import GRAIN, from_uint8, to_uint8
-from condgan.models import DiffDiscriminator, DiscriminatorOutput, NoiseEncoder
+from condgan.models import DiffDiscriminator, NoiseEncoder
 from condgan.training import (
     MAX_SKIPPED_IN_A_ROW,
     PRESETS,
@@ -277,39 +275,6 @@ def test_own_pictures_keep_what_the_turn_adds(data: Path) -> None:
     changed = (batch.images - batch.prev_images).abs().amax(1, keepdim=True) > 50 / 255
     kept = (mixed.prev_images + batch.images - batch.prev_images).clamp(-1, 1)  # and what it shades
     torch.testing.assert_close(mixed.images, torch.where(changed, batch.images, kept), rtol=0, atol=0)
-    assert torch.equal(mixed.real_images, batch.images)
-
-
-def test_own_pictures_come_slowly_to_a_fresh_generator_and_at_once_to_a_trained_one(data: Path) -> None:
-    trainer = make_trainer(data, dataclasses.replace(RUN, own_pictures=1.0))
-    trainer.images = RUN.reconstruction_images
-    batch = trainer.scenes.batch(0, 3, 0)
-    assert torch.equal(trainer._mix_own_pictures(batch).prev_images, batch.prev_images)
-    trainer.config = dataclasses.replace(trainer.config, init_generator="iclevr-64")
-    later = [i for i in range(9) if i % 3]  # not the empty scenes
-    mixed = trainer._mix_own_pictures(batch).prev_images[later]
-    assert (mixed != batch.prev_images[later]).flatten(1).any(1).all()
-
-
-@pytest.mark.parametrize("judges", ["difference", "picture"])
-def test_a_judge_of_pictures_is_shown_those_of_the_data(
-    data: Path, judges: Literal["difference", "picture"], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    discriminator = dataclasses.replace(RUN.discriminator, judges=judges)
-    config = dataclasses.replace(RUN, discriminator=discriminator, own_pictures=1.0)
-    trainer = make_trainer(data, config)
-    trainer.images = config.images  # the end of the schedule: every scene goes on from own pictures
-    batch = trainer._mix_own_pictures(trainer.scenes.batch(trainer.step, config.batch_scenes, config.seed))
-    assert not torch.equal(batch.images, batch.real_images)
-    seen = []
-
-    def compare(prev_image: Tensor, images: list[Tensor], *others: Tensor) -> list[DiscriminatorOutput]:
-        seen.extend(images)
-        return DiffDiscriminator.compare(trainer.discriminator, prev_image, images, *others)
-
-    monkeypatch.setattr(trainer.discriminator, "compare", compare)
-    trainer.train_step()
-    assert torch.equal(seen[1], batch.images if judges == "difference" else batch.real_images)
 
 
 def test_the_average_has_the_half_life_it_says(data: Path) -> None:
