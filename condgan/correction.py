@@ -58,7 +58,8 @@ class FirstTurnCorrection(nn.Module):
         slopes = torch.zeros(num_objects, 3 * light_inputs, slope_size, slope_size) if light_inputs else None
         self.register_buffer("slopes", slopes)  # of rank 4, or a module cannot be channels_last
         self.register_buffer("places", torch.zeros(num_objects, 2))
-        self.register_buffer("reach", torch.full((num_objects,), 2.0 * image_size))  # so far from there it is added
+        self.everywhere = 2.0 * image_size  # a reach that no place is beyond
+        self.register_buffer("reach", torch.full((num_objects,), self.everywhere))  # so far from there it is added
 
     def forward(self, condition: Tensor, light: Tensor | None = None, place: Tensor | None = None) -> Tensor | None:
         likeness = F.normalize(condition.detach()) @ F.normalize(self.conditions).T  # (N, K)
@@ -82,7 +83,7 @@ class FirstTurnCorrection(nn.Module):
     def clear_(self) -> None:
         """Add nothing any more."""
         self.offsets.zero_()
-        self.reach.fill_(2.0 * self.offsets.shape[-1])
+        self.reach.fill_(self.everywhere)
         if self.slopes is not None:
             self.slopes.zero_()
 
@@ -101,7 +102,7 @@ class FirstTurnCorrection(nn.Module):
         self.reach[known] = reach
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, fresh in (("places", 0.0), ("reach", 2.0 * self.offsets.shape[-1])):
+        for name, fresh in (("places", 0.0), ("reach", self.everywhere)):
             buffer = torch.full_like(self.get_buffer(name), fresh)
             state_dict.setdefault(f"{prefix}{name}", buffer)  # checkpoints of before the places were known
         super()._load_from_state_dict(state_dict, prefix, *args)
