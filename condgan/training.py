@@ -25,7 +25,7 @@ from condgan.calibration import (
 from condgan.classifier import SceneClassifier
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.datasets import SceneDataset
-from condgan.functional import changed_region, pixel_distance, place_of_change, roll_conditions, rollout
+from condgan.functional import changed_region, local_mean, pixel_distance, place_of_change, roll_conditions, rollout
 from condgan.losses import OBJECTIVES
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.precision import autocast
@@ -41,6 +41,8 @@ CHANGED_WEIGHT = 5.0
 FRAGILE_WEIGHT = 10.0
 """Weight of a pixel of an earlier object in the reconstruction loss, changed or not, and of a ghost: they are few, and
 show."""
+COLOUR_WEIGHT = 40.0
+"""Weight of errors of colour, without brightness and at low resolution, in the reconstruction loss."""
 GHOST_DISTANCE = 3
 """What is further than so many pixels from all that the real turn changed, and was changed, is a ghost."""
 
@@ -247,9 +249,11 @@ class TrainingScenes:
         if fit_canvas:
             generator.canvas.fit(first, progress=progress)
         if generator.config.light_components:
-            empty = pictures.from_uint8(pictures.to_uint8(generator.canvas.remove_objects(first)))
-            uniform = torch.rand(empty.shape, generator=torch.Generator().manual_seed(0))
-            empty = pictures.dithered(empty, uniform)  # the next picture is another rendering, with grain of its own
+            empty = generator.canvas.remove_objects(first)
+            rounded = pictures.from_uint8(pictures.to_uint8(empty))
+            uniform = torch.rand(2, len(empty), 1, *empty.shape[2:], generator=torch.Generator().manual_seed(0))
+            rest = pictures.estimate_rest(rounded, uniform[0])
+            empty = pictures.render_anew(rounded, rest, uniform[1])  # the next picture has grain of its own
         else:
             empty = generator.canvas.mean.expand_as(first)
         if fit_canvas and generator.light is not None:
@@ -309,9 +313,13 @@ def _own_parts(scenes: int, ranks: Ranks, accumulate: int) -> list[Part]:
     return [Part(starts[i], starts[i + 1] - starts[i], scenes) for i in ours]
 
 
-def _dithered(images: Tensor, uniform: Tensor) -> Tensor:
-    """Pictures in [-1, 1] at 256 levels (:func:`condgan.images.dithered`); the gradient passes as if they were not."""
-    return images + (pictures.dithered(images.detach(), uniform) - images).detach()
+def _as_seen(drawn: Tensor, prev_images: Tensor, uniform: Tensor) -> Tensor:
+    """Drawn pictures in [-1, 1] at 256 levels, as users get them; the gradient passes as if they were not rounded.
+
+    ``uniform`` is (2, N, 1, H, W): of what rounding took from the pictures that they were drawn on, and of their grain.
+    """
+    rest = pictures.estimate_rest(prev_images, uniform[0])
+    return drawn + (pictures.render_anew(drawn.detach(), rest, uniform[1]) - drawn).detach()
 
 
 class Trainer:
@@ -450,14 +458,15 @@ class Trainer:
         count, before_ours = int(own.sum()), int(chosen[: part.first].sum())
         z = torch.randn(int(chosen.sum()), turns, self.config.generator.z_dim, generator=rng)
         z = z[before_ours : before_ours + count].to(self.device)
-        rest = (torch.rand(int(chosen.sum()), *batch.images.shape[1:], generator=rng) - 0.5) * pictures.LEVEL
-        rest = rest[before_ours : before_ours + count].to(self.device)
+        uniform = torch.rand(int(chosen.sum()), 1, *batch.images.shape[2:], generator=rng)
+        uniform = uniform[before_ours : before_ours + count].to(self.device)
         own = own.to(self.device)
         rows = own.repeat_interleave(turns)
         prev_images = batch.prev_images.clone()
         images = batch.images.clone()
         places = None if batch.places is None else batch.places[rows].unflatten(0, (count, turns))
         start_images = prev_images[rows].unflatten(0, (count, turns))[:, 0]
+        rest = pictures.estimate_rest(start_images, uniform)
         with torch.no_grad(), self._autocast():
             drawn = rollout(self.ema_generator, batch.objects[own], z, start_images, places, rest=rest)
         before = torch.cat((start_images[:, None], drawn[:, :-1]), 1).flatten(0, 1)
@@ -485,17 +494,20 @@ class Trainer:
         return batch.rows(torch.randn(batch.part.total * batch.turns, self.config.generator.z_dim, generator=rng))
 
     def _uniform(self, batch: Batch) -> Tensor:
-        """Numbers in [0, 1) for every value of these pictures, (N, 3, H, W)."""
-        rng = _step_rng(self.config.seed, self.step, "dither")
-        return batch.rows(torch.rand(batch.part.total * batch.turns, *batch.images.shape[1:], generator=rng))
+        """Two numbers in [0, 1) for every pixel of these pictures, (2, N, 1, H, W)."""
+        rng = _step_rng(self.config.seed, self.step, "levels")
+        size = batch.images.shape[2:]
+        return batch.rows(torch.rand(batch.part.total * batch.turns, 2, 1, *size, generator=rng)).transpose(0, 1)
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.device, self.config.bf16)
 
     def _reconstruction_errors(self, fake: Tensor, batch: Batch, found: Tensor | None = None) -> Tensor:
-        """Weighted L1 to the real next picture, of values and of differences between neighbours, (N,).
+        """Weighted L1 to the real next picture, of values, of differences between neighbours and of colour, (N,).
 
-        The differences make edges count, which are what tells one pose of an object from another. Pictures that were
+        The differences make edges count, which are what tells one pose of an object from another. Colour is smooth in
+        real pictures, where it is light that objects throw on the floor, so that the mean over 3x3 pixels shows errors
+        of parts of a level, which grain and rounding hide from the other two. Pictures that were
         not drawn from the found code, ``found`` (N,) bool, show another pose: they answer for ghosts only.
         """
         changed = changed_region(batch.prev_images, batch.images)
@@ -512,6 +524,8 @@ class Trainer:
         total = (weight * pixel_distance(error)).sum((1, 2, 3))
         total = total + (weight[:, :, :, 1:] * pixel_distance(error.diff(dim=3))).sum((1, 2, 3))
         total = total + (weight[:, :, 1:] * pixel_distance(error.diff(dim=2))).sum((1, 2, 3))
+        colour = local_mean(error - error.mean(1, keepdim=True), 3).abs().sum((1, 2, 3))
+        total = total + COLOUR_WEIGHT * (colour if found is None else colour * found)
         return total / (3 * size**2)
 
     def _found_code(self, batch: Batch) -> Tensor:
@@ -571,7 +585,7 @@ class Trainer:
             code = torch.where(found[:, None], found_code, code)
         with self._autocast():
             drawn = self.generator.synthesis(code, conditions, batch.prev_images, batch.places).float()
-        fake = _dithered(drawn, self._uniform(batch))  # as users see it
+        fake = _as_seen(drawn, batch.prev_images, self._uniform(batch))
         real_input = batch.images.clone().requires_grad_(penalised)
         with self._autocast():
             pair = self.discriminator.compare(batch.prev_images, [fake, real_input], conditions.detach(), batch.places)

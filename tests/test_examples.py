@@ -53,6 +53,24 @@ def test_train_writes_a_generator_that_draws(data: Path, tmp_path: Path, monkeyp
     assert generator.generate(["red cube"], seed=0).tensor.isfinite().all()
 
 
+def test_crops_of_an_untrained_generator_are_told_apart(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    generator = lively_generator(GeneratorConfig(width=4))
+    generator.save_pretrained(tmp_path / "model")
+    arguments = ["--data", data, "--model", tmp_path / "model", "--scenes", 20, "--held-out", 6, "--epochs", 3]
+    run(monkeypatch, "crops.py", *arguments, "--seeds", 1)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("right about 1.000 of 36 squares"), "an untrained generator"
+    assert second.endswith("1.000, 1.000, 1.000")
+    run(monkeypatch, "crops.py", *arguments, "--seeds", 2, "--view", "gray")
+    assert capsys.readouterr().out.endswith("1.000, 1.000, 1.000\n"), "of gray squares too"
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "crops.py", *arguments, "--held-out", 20)
+    assert "--held-out must be from 1 to" in capsys.readouterr().err
+
+
 def test_finetune_moves_a_loaded_model_towards_the_data(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

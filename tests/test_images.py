@@ -15,11 +15,12 @@ from torch import Tensor
 from condgan.images import (
     GRAIN,
     LEVEL,
-    dithered,
+    estimate_rest,
     from_uint8,
     grid,
     load_image,
     read_pixels,
+    render_anew,
     resize,
     round_levels,
     round_turn,
@@ -63,28 +64,56 @@ def test_to_uint8_leaves_its_input_alone() -> None:
     assert torch.equal(values, torch.tensor([0.3, 2.0]))
 
 
-def test_dither_keeps_the_mean_of_what_is_less_than_a_level() -> None:
-    rng = torch.Generator().manual_seed(0)
+def floors(colour: list[float], n: int = 4, size: int = 64) -> Tensor:
+    """Pictures of one colour but for their brightness, which varies from pixel to pixel; not at whole levels."""
+    brightness = 100 + torch.randn(n, 1, size, size, generator=torch.Generator().manual_seed(0))
+    return (brightness + torch.tensor(colour).view(1, 3, 1, 1)) * LEVEL - 1
+
+
+def test_what_rounding_took_is_found_where_colour_is_smooth() -> None:
+    truth = floors([0.3, -0.1, -0.2])
+    truth[:, 0, :, 32:] += 40.4 * LEVEL  # something red
+    rounded = from_uint8(to_uint8(truth))
+    rest = estimate_rest(rounded, torch.rand(4, 1, 64, 64, generator=torch.Generator().manual_seed(1)))
+    assert rest.abs().max() <= LEVEL / 2 + 1e-6
+    assert torch.equal(from_uint8(to_uint8(rounded + 0.999 * rest)), rounded)
+
+    def colour_error(images: Tensor) -> float:
+        error = (images - truth) / LEVEL
+        return (error - error.mean(1, keepdim=True)).square().mean().sqrt().item()
+
+    assert colour_error(rounded) > 0.2
+    assert colour_error(rounded + rest) < 0.1
+    assert ((rounded + rest - truth) / LEVEL).mean().abs() < 0.01, "levels"
+
+
+def test_another_rendering_keeps_the_mean_of_what_is_less_than_a_level() -> None:
+    truth, rng = floors([0.3, -0.1, -0.2], n=16), torch.Generator().manual_seed(1)
+    image, rest = round_levels(truth)
     for share in (0.1, 0.5, 0.8):
-        faint = from_uint8(torch.tensor(100)) + share / 127.5
-        levels = to_uint8(dithered(faint.expand(20_000), torch.rand(20_000, generator=rng))).float()
-        assert levels.mean().item() == pytest.approx(100 + share, abs=0.015)
-        assert (levels - 100 - share).abs().max() < 1.03
+        anew = render_anew(image + share * LEVEL, rest, torch.rand(16, 1, 64, 64, generator=rng))
+        assert ((anew - truth) / LEVEL).mean().item() == pytest.approx(share, abs=0.01)
+        shifts = ((anew - image) / LEVEL).round().unique()
+        assert shifts.tolist() == [0, 1]
 
 
-def test_dither_moves_a_few_whole_levels() -> None:
-    levels = from_uint8(torch.full((50_000,), 100, dtype=torch.uint8))
-    counts = to_uint8(dithered(levels, torch.rand(50_000, generator=torch.Generator().manual_seed(0)))).bincount()
-    assert counts.nonzero().flatten().tolist() == [99, 100, 101]
-    assert counts[99].item() == pytest.approx(50_000 * GRAIN / 2, rel=0.1)
-    assert counts[101].item() == pytest.approx(50_000 * GRAIN / 2, rel=0.1)
+def test_another_rendering_moves_a_few_whole_levels_in_all_colours_alike() -> None:
+    image, rest = round_levels(floors([0.01, 0, -0.01], n=16))
+    anew = render_anew(image, rest, torch.rand(16, 1, 64, 64, generator=torch.Generator().manual_seed(1)))
+    moved = ((anew - image) / LEVEL).round()
+    assert moved.unique().tolist() == [-1, 0, 1]
+    assert moved.ne(0).float().mean().item() == pytest.approx(GRAIN / 2, rel=0.1)
+    assert moved.sum().abs() < 0.1 * moved.abs().sum()
+    alike = (moved == moved[:, :1]).all(1)[moved.ne(0).any(1)]
+    assert alike.float().mean() > 0.2, "by chance it would be less than 0.01"
 
 
-def test_dithered_pictures_are_whole_levels_in_range() -> None:
-    uniform = torch.rand(10_000, generator=torch.Generator().manual_seed(1))
-    images = dithered(torch.linspace(-1.5, 1.5, 10_000), uniform)
-    assert torch.equal(images, from_uint8(to_uint8(images)))
-    assert (images.min(), images.max()) == (-1, 1)
+def test_other_renderings_are_whole_levels_in_range() -> None:
+    rng = torch.Generator().manual_seed(1)
+    images = torch.linspace(-1.5, 1.5, 12_288).view(1, 3, 64, 64)
+    anew = render_anew(images, torch.zeros_like(images), torch.rand(1, 1, 64, 64, generator=rng))
+    assert torch.equal(anew, from_uint8(to_uint8(anew)))
+    assert (anew.min(), anew.max()) == (-1, 1)
 
 
 def test_what_rounding_takes_is_carried_to_the_next_turn() -> None:
