@@ -15,7 +15,7 @@ from tqdm import tqdm, trange
 
 from condgan.classifier import SceneClassifier
 from condgan.drawing import DrawnTurn, iterate_turns, random_source
-from condgan.functional import ConditionEncoder, evaluating, place_of_change, roll_conditions
+from condgan.functional import ConditionEncoder, evaluating, places_of_turns, roll_conditions
 from condgan.images import from_uint8, to_uint8
 from condgan.models import IterativeGenerator, NoiseEncoder
 from condgan.precision import autocast
@@ -356,13 +356,13 @@ def correct_first_turns(
     kinds = torch.eye(len(generator.vocabulary))
     correction.conditions.copy_(generator.encoder(kinds.to(device))[0])
     correction.clear_()
-    real, places = _Answers(generator), torch.zeros(len(pixels), 2, device=device)
+    real = _Answers(generator)
     for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
         before, after = from_uint8(pixels[rows].to(device)).unbind(1)
         real.add(before, after, kinds[objects[rows]])
-        places[rows] = place_of_change(before, after).nan_to_num((generator.image_size - 1) / 2)
     wanted = real.coefficients()
     if generator.place_model is not None:  # the mean of no places is NaN
+        places = places_of_turns(pixels)[:, 0].to(device)
         correction.put_(torch.stack([places[objects == kind].mean(0) for kind in range(len(kinds))]), FIRST_REACH)
     total = CORRECTION_PASSES * len(pixels)
     with (

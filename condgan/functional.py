@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condgan.images import LEVEL, round_turn
+from condgan.images import LEVEL, from_uint8, round_turn
 from condgan.vocab import Vocabulary
 
 CHANGE_THRESHOLD = 50 / 255
 """A pixel changed when a channel moved by more than this, in units of [-1, 1]: 25 grey levels."""
 RANGE_TOLERANCE = 1e-3
 """How far a picture may leave [-1, 1]: rounding, less than a grey level."""
+SCENES_AT_ONCE = 256
+"""Of a data set, whose uint8 pictures become floating point: for small memories."""
 
 
 class ConditionEncoder(Protocol):
@@ -238,6 +240,23 @@ def place_of_change(prev_image: Tensor, image: Tensor, threshold: float = CHANGE
     return torch.stack((x, y), 1) / changed.sum((1, 2))[:, None]
 
 
+def places_of_turns(pixels: Tensor) -> Tensor:
+    """Where every turn of whole scenes put its object: :func:`place_of_change`, and the middle for a hidden one.
+
+    Args:
+        pixels: (S, T + 1, 3, H, W) uint8, an empty scene first, then the picture after each turn.
+
+    Returns:
+        (S, T, 2) float32 in pixels (x, y).
+    """
+    middle = (pixels.shape[-1] - 1) / 2
+    places = []
+    for chunk in pixels.split(SCENES_AT_ONCE):
+        before, after = from_uint8(chunk[:, :-1]).flatten(0, 1), from_uint8(chunk[:, 1:]).flatten(0, 1)
+        places.append(place_of_change(before, after).unflatten(0, (len(chunk), -1)))
+    return torch.cat(places).nan_to_num(middle)
+
+
 def place_map(place: Tensor, image_size: int, sigma: float = 3.0) -> Tensor:
     """A Gaussian blob at each place: (N, 2) pixels (x, y) to (N, 1, H, W) in [0, 1], ``sigma`` in pixels.
 
@@ -297,7 +316,7 @@ def crop(images: Tensor, corners: Tensor, crop_size: int) -> Tensor:
     """Cut a square out of each picture: (N, C, H, W) and corners (N, 2) to (N, C, crop_size, crop_size).
 
     Args:
-        images: any floating point, any range; gradients flow back to the pixels that were cut out.
+        images: any type, any range; gradients flow back to the pixels that were cut out.
         corners: whole numbers (x, y), the upper left pixel of each square, which must lie inside its picture.
         crop_size: side of the squares in pixels.
 

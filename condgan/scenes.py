@@ -13,7 +13,7 @@ from torch import Tensor
 
 from condgan.datasets import SceneDataset, Split, packed_path
 from condgan.drawing import Redraw, SceneModel, best_pictures, best_turns, draw_turns
-from condgan.functional import encode_objects, place_of_change
+from condgan.functional import encode_objects, places_of_turns
 from condgan.images import from_uint8, to_uint8
 from condgan.requests import Place, parse_scenes
 from condgan.vocab import Vocabulary
@@ -157,7 +157,5 @@ def read_real(data: str | Path, generator: SceneModel, vocabulary: Vocabulary) -
         return Scenes(torch.cat((empty[:, None], dataset.pixels), 1), encode_objects(lists, vocabulary)), lists
 
     (test, lists), (validation, _) = read("test"), read("validation")
-    before, after = from_uint8(test.pictures[:, :-1]).flatten(0, 1), from_uint8(test.pictures[:, 1:]).flatten(0, 1)
-    places = place_of_change(before, after).unflatten(0, test.present.shape)
-    places = places.nan_to_num((generator.image_size - 1) / 2)
+    places = places_of_turns(test.pictures)
     return RealScenes(test, validation, lists, places, open_real(data, generator.image_size, "train").pixels)

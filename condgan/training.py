@@ -25,7 +25,15 @@ from condgan.calibration import (
 from condgan.classifier import SceneClassifier
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.datasets import SceneDataset
-from condgan.functional import changed_region, local_mean, pixel_distance, place_of_change, roll_conditions, rollout
+from condgan.functional import (
+    SCENES_AT_ONCE,
+    changed_region,
+    local_mean,
+    pixel_distance,
+    places_of_turns,
+    roll_conditions,
+    rollout,
+)
 from condgan.losses import OBJECTIVES
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.precision import autocast
@@ -249,11 +257,12 @@ class TrainingScenes:
         if fit_canvas:
             generator.canvas.fit(first, progress=progress)
         if generator.config.light_components:
-            empty = generator.canvas.remove_objects(first)
-            rounded = pictures.from_uint8(pictures.to_uint8(empty))
+            empty, _ = pictures.round_levels(generator.canvas.remove_objects(first))
             uniform = torch.rand(2, len(empty), 1, *empty.shape[2:], generator=torch.Generator().manual_seed(0))
-            rest = pictures.estimate_rest(rounded, uniform[0])
-            empty = pictures.render_anew(rounded, rest, uniform[1])  # the next picture has grain of its own
+            chunks = zip(*(x.split(SCENES_AT_ONCE) for x in (empty, *uniform)), strict=True)
+            empty = torch.cat(  # the next picture has grain of its own
+                [pictures.render_anew(x, pictures.estimate_rest(x, of_rest), grain) for x, of_rest, grain in chunks]
+            )
         else:
             empty = generator.canvas.mean.expand_as(first)
         if fit_canvas and generator.light is not None:
@@ -264,14 +273,7 @@ class TrainingScenes:
         self.num_objects = len(self.names)
         self.places = None
         if generator.config.places:
-            self.places = torch.stack([self._places(turn) for turn in range(data.pixels.shape[1])], 1)  # (S, T, 2)
-
-    def _places(self, turn: int) -> Tensor:
-        chunks = self.pixels[:, turn : turn + 2].split(512)
-        pairs = (pictures.from_uint8(chunk).unbind(1) for chunk in chunks)
-        places = torch.cat([place_of_change(before, after) for before, after in pairs])
-        middle = (self.pixels.shape[-1] - 1) / 2
-        return places.nan_to_num(middle)  # a hidden object: nothing visible changed
+            self.places = places_of_turns(self.pixels)  # (S, T, 2)
 
     def batch(self, step: int, size: int, seed: int, part: Part | None = None) -> Batch:
         """The scenes of one step, or a part of them: every epoch is a permutation, a function of seed and step only."""
@@ -507,8 +509,8 @@ class Trainer:
 
         The differences make edges count, which are what tells one pose of an object from another. Colour is smooth in
         real pictures, where it is light that objects throw on the floor, so that the mean over 3x3 pixels shows errors
-        of parts of a level, which grain and rounding hide from the other two. Pictures that were
-        not drawn from the found code, ``found`` (N,) bool, show another pose: they answer for ghosts only.
+        of parts of a level, which grain and rounding hide from the other two. Pictures that were not drawn from the
+        found code, ``found`` (N,) bool, show another pose: they answer for ghosts only.
         """
         changed = changed_region(batch.prev_images, batch.images)
         earlier = changed.unflatten(0, (-1, batch.turns)).cumsum(1).flatten(0, 1) > changed.int()  # by earlier turns

@@ -11,18 +11,15 @@ what gives them away: the held-out scenes have no part in it.
 from __future__ import annotations
 
 import argparse
-import sys
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from condgan import IterativeGenerator
-from condgan.datasets import SceneDataset
-from condgan.drawing import draw_turns
-from condgan.functional import crop, crop_corners, place_of_change
+from condgan.functional import crop, crop_corners, places_of_turns
 from condgan.images import from_uint8, to_uint8
 from condgan.realism import told_apart
+from condgan.scenes import SceneDrawer, open_real
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on")
@@ -34,16 +31,13 @@ parser.add_argument("--seeds", type=int, default=2, help="classifiers")
 parser.add_argument("--view", choices=("colour", "gray"), default="colour")
 
 SIDE = 32
-BATCH = 100
+BATCH_SIZE = 100
 
 
 def squares(pictures: Tensor) -> Tensor:
     """Around each object: (S, T + 1, 3, H, W) uint8, an empty scene first, to (S, T, 3, 32, 32) uint8."""
-    before, after = from_uint8(pictures[:, :-1]).flatten(0, 1), from_uint8(pictures[:, 1:]).flatten(0, 1)
-    size = pictures.shape[-1]
-    places = place_of_change(before, after).nan_to_num((size - 1) / 2)
-    found = to_uint8(crop(after, crop_corners(places, size, SIDE), SIDE))
-    return found.unflatten(0, (len(pictures), -1))
+    corners = crop_corners(places_of_turns(pictures).flatten(0, 1), pictures.shape[-1], SIDE)
+    return crop(pictures[:, 1:].flatten(0, 1), corners, SIDE).unflatten(0, (len(pictures), -1))
 
 
 def area_under_curve(real: Tensor, drawn: Tensor) -> float:
@@ -59,16 +53,14 @@ def main() -> None:
     if not 0 < args.held_out < args.scenes:
         parser.error(f"--held-out must be from 1 to --scenes - 1, got {args.held_out} of {args.scenes}")
     generator = IterativeGenerator.from_pretrained(args.model)
-    data = SceneDataset(args.data, "train")
+    data = open_real(args.data, generator.image_size, "train")
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: args.scenes]
-    real, drawn = [], []
-    for rows in tqdm(chosen.split(BATCH), desc="drawing", unit=f"x{BATCH} scenes", file=sys.stderr):
-        pictures = data.pixels[rows]
-        empty = to_uint8(generator.canvas.remove_objects(from_uint8(pictures[:, 0])))
-        real.append(squares(torch.cat((empty[:, None], pictures), 1)))
-        lists = [[data.vocabulary.names[i] for i in scene] for scene in data.objects[rows].tolist()]
-        drawn.append(squares(to_uint8(draw_turns(generator, lists, rows.tolist()).images)))
-    sets = [torch.cat(real), torch.cat(drawn)]
+    pictures = data.pixels[chosen]
+    empty = to_uint8(generator.canvas.remove_objects(from_uint8(pictures[:, 0])))
+    lists = [[data.vocabulary.names[i] for i in scene] for scene in data.objects[chosen].tolist()]
+    drawer = SceneDrawer(generator, generator.vocabulary, 1, "picture", BATCH_SIZE, progress=True)
+    drawn, _ = drawer.draw(lists, chosen.tolist())
+    sets = [squares(torch.cat((empty[:, None], pictures), 1)), squares(drawn.pictures)]
     if args.view == "gray":
         sets = [x.float().mean(2, keepdim=True).round().to(torch.uint8).expand_as(x) for x in sets]
     n, turns = args.held_out, sets[0].shape[1]

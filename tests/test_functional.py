@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from condgan.configs import GeneratorConfig
 from condgan.functional import (
     CHANGE_THRESHOLD,
+    SCENES_AT_ONCE,
     changed_region,
     crop,
     crop_corners,
@@ -23,10 +24,12 @@ from condgan.functional import (
     paste,
     place_map,
     place_of_change,
+    places_of_turns,
     roll_conditions,
     rollout,
     window_corners,
 )
+from condgan.images import from_uint8
 from condgan.models import IterativeGenerator
 from condgan.parts import ConditionRNN
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
@@ -402,6 +405,19 @@ def test_the_place_of_a_change_equals_the_plain_version_also_under_autocast() ->
     torch.testing.assert_close(place_of_change(before, after), expected, atol=1e-5, rtol=0)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(place_of_change(before, after), expected, atol=1e-5, rtol=0)
+
+
+def test_places_of_whole_scenes_are_those_of_each_pair_and_the_middle_where_nothing_changed() -> None:
+    pixels = torch.randint(0, 256, (SCENES_AT_ONCE + 3, 3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(torch.uint8)
+    pixels[1, 2] = pixels[1, 1]
+    places = places_of_turns(pixels)
+    for turn in range(2):
+        expected = place_of_change(from_uint8(pixels[:, turn]), from_uint8(pixels[:, turn + 1]))
+        if turn == 1:
+            assert expected[1].isnan().all()
+            expected[1] = 3.5
+        assert torch.equal(places[:, turn], expected)
 
 
 @pytest.mark.parametrize("function", [changed_region, place_of_change])
