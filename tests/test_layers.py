@@ -46,9 +46,10 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list
     """A layer with weights and running statistics of its own, in eval mode, and input for it."""
     layer, shapes = LAYERS[name]
     rng = torch.Generator().manual_seed(1)
-    return randomise(layer()).to(dtype), [
-        torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype) for shape in shapes
-    ]
+    with torch.random.fork_rng(devices=[]):  # the same layer, whatever ran before
+        torch.manual_seed(1)
+        made = randomise(layer()).to(dtype)
+    return made, [torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
 @every_layer
