@@ -195,6 +195,14 @@ def _empty_scenes(generator: IterativeGenerator, count: int) -> Tensor:
     return torch.cat(scenes)
 
 
+def misread(logits: Tensor, objects: Tensor) -> Tensor:
+    """Cross-entropy (N,) in nats of what a classifier sees, logits (N, K), and what is there, (N, K) of 0 and 1.
+
+    At most :data:`HIDDEN_LOSS`.
+    """
+    return F.binary_cross_entropy_with_logits(logits, objects, reduction="none").sum(1).clamp(max=HIDDEN_LOSS)
+
+
 def prefer_legible_codes(
     generator: IterativeGenerator,
     verifier: SceneClassifier,
@@ -248,9 +256,9 @@ def prefer_legible_codes(
             with autocast(device, bf16):
                 drawn = generator.synthesis(code, condition, image, place).float()
                 logits = verifier(drawn).float()
-            misread = F.binary_cross_entropy_with_logits(logits, chosen[:, : turn + 1].amax(1), reduction="none").sum(1)
+            seen = misread(logits, chosen[:, : turn + 1].amax(1))
             divergence = before.loss(code, *context) - mapping.loss(code, *context)
-            losses.append(LEGIBLE_WEIGHT * misread.clamp(max=HIDDEN_LOSS) + divergence)
+            losses.append(LEGIBLE_WEIGHT * seen + divergence)
             return drawn.detach(), place
 
         sources = [random_source(seed) for seed in torch.randint(2**31, (len(rows),), generator=rng).tolist()]

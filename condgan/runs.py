@@ -207,7 +207,8 @@ def _verifier(config: TrainConfig, device: torch.device) -> SceneClassifier | No
     if theirs != ours:
         raise ValueError(
             f"verifier: {config.verifier!r} knows the objects {theirs}, the configuration names {ours}: name a "
-            f"classifier of these (examples/train_classifier.py trains one), or set verifier to None"
+            f"classifier of these (examples/train_classifier.py trains one), or set verifier to None "
+            "and legibility_weight to 0"
         )
     return verifier.to(device).eval()
 

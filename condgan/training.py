@@ -17,6 +17,7 @@ from condgan.calibration import (
     correct_first_turns,
     fit_mapping,
     fit_places,
+    misread,
     prefer_legible_codes,
     read_alone,
     recalibrate,
@@ -105,6 +106,8 @@ class TrainConfig:
     verifier: str | None = None
     """Name, folder or hub id of the classifier that at the end of the run tells which codes show the object well
     (:func:`condgan.calibration.prefer_legible_codes`), for models with a mapping; None leaves the mapping as it is."""
+    legibility_weight: float = 0.0
+    """Adversarial stage: weight of the verifier's cross-entropy for the objects so far, in what the generator draws."""
     verifier_scenes: int = 28_800
     """Scenes that are drawn for it."""
     bf16: bool = True
@@ -118,7 +121,7 @@ class TrainConfig:
         for name in ("batch_scenes", "penalty_interval", "ema_halflife_images", "verifier_scenes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("images", "reconstruction_images", "reconstruction_weight", "decay_images"):
+        for name in ("images", "reconstruction_images", "reconstruction_weight", "legibility_weight", "decay_images"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("own_pictures", "history_dropout"):
@@ -129,6 +132,8 @@ class TrainConfig:
                 f"reconstruction_weight={self.reconstruction_weight} needs a noise encoder that has learned: "
                 "give reconstruction_images or init_noise_encoder"
             )
+        if self.legibility_weight and self.verifier is None:
+            raise ValueError(f"legibility_weight={self.legibility_weight} needs a verifier: give its name or folder")
         for name in ("image_size", "places", "window", "condition_dim", "objects", "light_inputs"):
             ours, theirs = getattr(self.generator, name), getattr(self.discriminator, name)
             if ours != theirs:
@@ -174,6 +179,7 @@ PRESETS: dict[str, TrainConfig] = {
         own_pictures=0.8,
         history_dropout=0.25,
         verifier="verifier",
+        legibility_weight=3.0,
     ),
 }
 
@@ -530,6 +536,13 @@ class Trainer:
         total = total + COLOUR_WEIGHT * (colour if found is None else colour * found)
         return total / (3 * size**2)
 
+    def _misread(self, fake: Tensor, batch: Batch) -> Tensor:
+        """How far the verifier is from seeing the objects so far and no others, (N,), at most :data:`HIDDEN_LOSS`."""
+        assert self.verifier is not None
+        with self._autocast():
+            logits = self.verifier(fake).float()
+        return misread(logits, batch.objects.cummax(1).values.flatten(0, 1))
+
     def _found_code(self, batch: Batch) -> Tensor:
         """The code that the noise encoder sees in the real pictures, (N, z_dim)."""
         assert self.noise_encoder is not None
@@ -628,6 +641,9 @@ class Trainer:
             reconstruction = errors.sum() / num_found
             reported["reconstruction"] = reconstruction
             generator_loss = generator_loss + self.config.reconstruction_weight * reconstruction
+        if self.config.legibility_weight:
+            reported["misread"] = batch.mean(self._misread(fake, batch))
+            generator_loss = generator_loss + self.config.legibility_weight * reported["misread"]
         chance = self._chance_losses(batch, conditions, found_code)
         generator_loss = generator_loss + CHANCE_WEIGHT * sum(chance.values())
         minimised = {("discriminator",): discriminator_loss, ("generator", "encoder"): generator_loss}

@@ -73,6 +73,7 @@ def base_recipe(images: int, width: int) -> TrainConfig:
         reconstruction_images=third,
         decay_images=third,
         verifier=None,
+        legibility_weight=0.0,
     )
 
 

@@ -231,7 +231,9 @@ def test_a_run_can_start_from_trained_networks(data: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("no_recalibration")
-def test_a_verifier_has_a_say_in_the_finished_mapping_only(data: Path, tmp_path: Path) -> None:
+def test_without_legibility_weight_a_verifier_has_a_say_in_the_finished_mapping_only(
+    data: Path, tmp_path: Path
+) -> None:
     left_alone = dataclasses.replace(RUN, images=9, reconstruction_images=0, reconstruction_weight=0.0)
     config = dataclasses.replace(left_alone, verifier="verifier", verifier_scenes=1)
     without = train(data, tmp_path / "without", left_alone, device="cpu", progress=False)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from tiny import RUN
 
-from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator
+from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator, SceneClassifier, calibration
 from condgan.datasets import SceneDataset
 from condgan.functional import local_mean
 from condgan.images import GRAIN, LEVEL, from_uint8, to_uint8
@@ -25,12 +27,12 @@ from condgan.training import (
 )
 
 
-def make_trainer(data: Path, config: TrainConfig = RUN) -> Trainer:
+def make_trainer(data: Path, config: TrainConfig = RUN, verifier: SceneClassifier | None = None) -> Trainer:
     torch.manual_seed(config.seed)
     generator, discriminator = IterativeGenerator(config.generator), DiffDiscriminator(config.discriminator)
     noise_encoder = None if config.noise_encoder is None else NoiseEncoder(config.noise_encoder)
     scenes = TrainingScenes(SceneDataset(data, "train"), generator)
-    return Trainer(config, scenes, generator, discriminator, noise_encoder)
+    return Trainer(config, scenes, generator, discriminator, noise_encoder, verifier=verifier)
 
 
 def test_both_networks_know_how_empty_scenes_are_lit(data: Path) -> None:
@@ -238,6 +240,33 @@ def test_a_ghost_weighs_much_whatever_the_code(data: Path) -> None:
         assert of_found[0] > 0
 
 
+class Brightness(torch.nn.Module):
+    """A verifier that finds every object where the picture is bright, and none where it is black."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 3 * images.mean((1, 2, 3))[:, None].expand(-1, 24)
+
+
+def test_what_the_verifier_misreads_is_part_of_the_generators_loss(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "HIDDEN_LOSS", 1000.0)
+    config = dataclasses.replace(RUN, verifier="a stub", legibility_weight=2.0)
+    trainer = make_trainer(data, config, cast(SceneClassifier, Brightness().eval()))
+    trainer.images = RUN.reconstruction_images
+    batch = trainer._batch(trainer.parts[0])
+    black = torch.full_like(batch.images, -1.0)
+    there = torch.tensor([1.0, 2.0, 3.0]).repeat(len(batch.objects))  # objects so far: nothing is forgotten
+    nothing_seen = 24 * math.log1p(math.exp(-3)) + 3 * there
+    torch.testing.assert_close(trainer._misread(black, batch), nothing_seen)
+    losses = trainer._adversarial_losses(batch)
+    trainer.config = dataclasses.replace(config, legibility_weight=0.0)
+    without = trainer._adversarial_losses(batch)
+    for names, loss in losses.minimised.items():
+        more = 2 * losses.reported["misread"] if "generator" in names else torch.tensor(0.0)
+        torch.testing.assert_close(loss - without.minimised[names], more)
+    losses.reported["misread"].backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trainer.generator.parameters())
+
+
 def test_every_epoch_is_a_permutation_and_the_places_are_where_things_changed(data: Path) -> None:
     scenes = make_trainer(data).scenes
     count = len(scenes.pixels)
@@ -298,6 +327,8 @@ def test_configurations_that_cannot_work_are_refused() -> None:
         dataclasses.replace(RUN, objective="wgan")
     with pytest.raises(ValueError, match="reconstruction_weight=1 needs a noise encoder that has learned"):
         dataclasses.replace(RUN, reconstruction_weight=1, reconstruction_images=0)
+    with pytest.raises(ValueError, match="legibility_weight=1 needs a verifier"):
+        dataclasses.replace(RUN, legibility_weight=1)
     with pytest.raises(ValueError, match="agree on places"):
         dataclasses.replace(RUN, discriminator=DiscriminatorConfig())
     with pytest.raises(ValueError, match="decay_images must not be negative, got -1"):
