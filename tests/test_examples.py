@@ -23,6 +23,7 @@ from condgan import (
     NoiseEncoder,
     NoiseEncoderConfig,
     SceneClassifier,
+    calibration,
     evaluation,
     training,
 )
@@ -51,6 +52,25 @@ def test_train_writes_a_generator_that_draws(data: Path, tmp_path: Path, monkeyp
     generator = IterativeGenerator.from_pretrained(tmp_path / "model")
     assert generator.config == GeneratorConfig(width=4)
     assert generator.generate(["red cube"], seed=0).tensor.isfinite().all()
+
+
+def test_the_mean_of_two_generators_is_corrected_anew(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "BATCH_SIZE", 2)  # recalibration takes longer than the rest
+    one, other = lively_generator(COMPACT, seed=0), lively_generator(COMPACT, seed=1)
+    one.save_pretrained(tmp_path / "one")
+    other.save_pretrained(tmp_path / "other")
+    paths = (tmp_path / "one", tmp_path / "other", "--data", data, "--out", tmp_path / "mean")
+    run(monkeypatch, "average.py", *paths, "--share", 0.25)
+    mean = IterativeGenerator.from_pretrained(tmp_path / "mean")
+    for (name, weight), *ends in zip(mean.named_parameters(), one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(weight, torch.lerp(*ends, 0.25), atol=1e-2, rtol=1e-2, msg=name)
+    assert mean.correction is not None and one.correction is not None
+    assert not torch.allclose(mean.correction.offsets, one.correction.offsets, atol=0.1)
+    lively_generator(dataclasses.replace(COMPACT, width=5)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="models: they must have one configuration"):
+        run(monkeypatch, "average.py", *paths)
 
 
 def test_crops_of_an_untrained_generator_are_told_apart(
