@@ -106,10 +106,10 @@ class TrainConfig:
     verifier: str | None = None
     """Name, folder or hub id of the classifier that at the end of the run tells which codes show the object well
     (:func:`condgan.calibration.prefer_legible_codes`), for models with a mapping; None leaves the mapping as it is."""
-    legibility_weight: float = 0.0
-    """Adversarial stage: weight of the verifier's cross-entropy for the objects so far, in what the generator draws."""
     verifier_scenes: int = 28_800
     """Scenes that are drawn for it."""
+    legibility_weight: float = 0.0
+    """Adversarial stage: weight of the verifier's cross-entropy for the objects so far, in what the generator draws."""
     bf16: bool = True
     """Autocast to bfloat16, on devices that multiply it (:func:`condgan.precision.fast_bfloat16`); weights, penalties
     and optimizer stay float32."""

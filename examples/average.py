@@ -4,7 +4,8 @@
     python examples/average.py run-a/model run-b/model --data iclevr --out mean
 
 One must have been trained on from the other, or both from the same weights; the mean of strangers draws nothing. What
-does not average, the statistics of batch norms and the correction of first turns, is measured anew.
+does not average, the statistics of batch norms and the correction of first turns, is measured anew. The weights that
+ship were made so.
 
 Source: model soups, Wortsman et al. 2022, arXiv:2203.05482.
 """
@@ -44,6 +45,8 @@ def average(one: IterativeGenerator, other: IterativeGenerator, share: float) ->
 def main() -> None:
     """Average, measure anew, write."""
     args = parser.parse_args()
+    if not 0 <= args.share <= 1:
+        parser.error(f"--share must be from 0 to 1, got {args.share}")
     one, other = (IterativeGenerator.from_pretrained(name) for name in args.models)
     generator = average(one, other, args.share)
     scenes = TrainingScenes(SceneDataset(args.data, "train"), generator, fit_canvas=False)

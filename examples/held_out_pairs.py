@@ -85,8 +85,13 @@ def main() -> None:
     print(f"training on {len(kept)} of {len(scenes)} scenes, without {', '.join(held_out)}", file=sys.stderr)
     config = PRESETS["compact"]
     network = config.generator if args.width is None else dataclasses.replace(config.generator, width=args.width)
-    config = dataclasses.replace(config, generator=network, images=args.images)
-    config = dataclasses.replace(config, verifier=None, legibility_weight=0.0)  # it knows all pairs
+    config = dataclasses.replace(
+        config,
+        generator=network,
+        images=args.images,
+        verifier=None,  # it knows all pairs
+        legibility_weight=0.0,
+    )
     generator = train(kept, args.out, config)
     judge = SceneClassifier.from_pretrained("judge")
     seen = [name for name in names if name not in held_out]
