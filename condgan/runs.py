@@ -195,6 +195,8 @@ def _fresh_networks(config: TrainConfig) -> tuple[IterativeGenerator, DiffDiscri
         if pretrained.config != network.config:
             raise ValueError(f"{name}: {source!r} has the configuration {pretrained.config}, the run {network.config}")
         network.load_state_dict(pretrained.state_dict())
+    if generator.correction is not None:
+        generator.correction.clear_()  # measured for other weights: these are to do without, and it is measured anew
     return generator, discriminator, noise_encoder
 
 
