@@ -16,12 +16,10 @@ def is_installed() -> bool:
     return importlib.util.find_spec("diffusers") is not None
 
 
-def diffusion(
-    parameters: int, image_size: int = 64, options: dict[str, bool] | None = None
-) -> tuple[Callable[[], object], int]:
+def diffusion(parameters: int, image_size: int = 64, compiled: bool = False) -> tuple[Callable[[], object], int]:
     """A case that draws one picture, and the parameters of its network, as near to ``parameters`` as a width allows.
 
-    With ``options`` for the compiler the network is compiled.
+    ``compiled``: the network is, with the first picture.
     """
     from diffusers import DDIMScheduler, UNet2DModel
 
@@ -39,8 +37,8 @@ def diffusion(
     width = min(sizes, key=lambda width: abs(sizes[width] - parameters))
     unet, scheduler = network(width).eval(), DDIMScheduler()
     scheduler.set_timesteps(STEPS)
-    if options is not None:
-        unet.compile(options=options)
+    if compiled:
+        unet.compile()
 
     @torch.no_grad()
     def draw() -> None:

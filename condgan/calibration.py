@@ -250,7 +250,7 @@ def prefer_legible_codes(
             condition = condition.detach()
             uniform, z = torch.rand(len(rows), 3, generator=rng), torch.randn(len(rows), generator.z_dim, generator=rng)
             with torch.no_grad():
-                place = None if places is None else places.sample(image, condition, uniform.to(device))
+                place = None if places is None else places(image, condition, uniform.to(device))
                 context = condition, place, generator.read_light(image)
             code = mapping(z.to(device), *context)
             with autocast(device, bf16):

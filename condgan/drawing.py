@@ -35,7 +35,7 @@ DrawnTurn = tuple[Tensor, Tensor | None]
 class PlaceSampler(Protocol):
     """Draws places (N, 2) for new objects, given pictures, conditions and (N, 3) uniform numbers."""
 
-    def sample(self, image: Tensor, condition: Tensor, uniform: Tensor) -> Tensor: ...
+    def __call__(self, image: Tensor, condition: Tensor, uniform: Tensor) -> Tensor: ...
 
 
 class SceneModel(AskedModel, Protocol):
@@ -224,7 +224,7 @@ def _draw_turn(
     """One turn of every picture, drawn once, given conditions (N, D), pictures so far and asked places."""
     place = None
     if generator.place_model is not None:
-        place = generator.place_model.sample(image.to(condition.dtype), condition, noise.uniform).float()
+        place = generator.place_model(image.to(condition.dtype), condition, noise.uniform).float()
         for i, asked in enumerate(wanted):
             if asked is not None:
                 place[i] = torch.tensor(asked)
@@ -400,7 +400,8 @@ def _stream_turns(
     """The turns of one scene; between them the generator is in its own mode and gradients are as they were."""
     objects = encode_objects(scene, generator.vocabulary)[None]
     steps = iterate_turns(generator, objects, [random_source(seed)], [asked or []], None)
-    image, _ = next(steps)
+    with torch.no_grad(), evaluating(generator):
+        image, _ = next(steps)
     for turn, name in enumerate(scene):
         previous = image
         with torch.no_grad(), evaluating(generator):

@@ -149,11 +149,16 @@ class PlaceModel(nn.Module):
     but uniform one (a fresh model) to a narrow peak: in i-CLEVR a first object's place is known to a tenth of a pixel,
     a later one's hardly at all.
 
+    Cells that are hardly ever drawn are never drawn (Nguyen et al. 2025, "Min-p sampling", arXiv:2407.01082).
+
     Shape:
         image: (N, 3, H, W) in [-1, 1].
         condition: (N, D).
-        output: logits (N, H / 2, W / 2), one softmax over all cells; and of x and y in each cell, which goes from 0 to
-            1, the peaks and the scales, (N, 2, H / 2, W / 2) each.
+        uniform: (N, 3) in [0, 1): random numbers, one for the cell, two for the point in it.
+        output: (N, 2) drawn places in pixels (x, y).
+
+    Raises:
+        ValueError: ``uniform`` is not (N, 3).
 
     Source: mixture density networks, Bishop 1994; mixtures of logistic distributions as in Salimans et al. 2017
     (PixelCNN++), arXiv:1701.05517, here continuous and cut off.
@@ -175,7 +180,27 @@ class PlaceModel(nn.Module):
             nn.init.zeros_(parameter)
         self.prior = nn.Parameter(torch.zeros(image_size // self.cell, image_size // self.cell))
 
-    def forward(self, image: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor, condition: Tensor, uniform: Tensor) -> Tensor:
+        check_shape("uniform", uniform, len(image), 3)
+        x = self._read(image, condition)
+        logits = self._logits(x)
+        total = _without_tail(logits.flatten(1).double()).softmax(1).cumsum(1)
+        cell = torch.searchsorted(total, uniform[:, :1].double() * total[:, -1:], right=True)
+        cell = cell.clamp(max=total.shape[1] - 1)
+        corner = torch.cat((cell % logits.shape[-1], cell // logits.shape[-1]), 1)
+        peak, scale = (x[:, :, 0, 0].float() for x in self._peaks(self._of_cell(x, cell[:, 0])[:, :, None, None]))
+        low, high = _edges(peak, scale)
+        point = peak + scale * torch.lerp(low, high, uniform[:, 1:]).logit()  # the inverse of the distribution function
+        point = point.clamp(0, 1)
+        return ((corner + point) * self.cell).clamp(max=image.shape[-1] - 1)
+
+    def distribution(self, image: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What places are drawn from.
+
+        Returns:
+            Logits (N, H / 2, W / 2), one softmax over all cells; and of x and y in each cell, which goes from 0 to 1,
+            the peaks and the scales, (N, 2, H / 2, W / 2) each.
+        """
         x = self._read(image, condition)
         return self._logits(x), *self._peaks(x)
 
@@ -198,7 +223,7 @@ class PlaceModel(nn.Module):
     def loss(self, image: Tensor, condition: Tensor, place: Tensor) -> Tensor:
         """Negative log-likelihood (N,) in nats of true places (N, 2), in pixels, against uniform ones in a cell."""
         check_shape("place", place, len(image), 2)
-        logits, peak, scale = self(image, condition)
+        logits, peak, scale = self.distribution(image, condition)
         corner = (place / self.cell).long().clamp(0, logits.shape[-1] - 1)  # (N, 2)
         cell = corner[:, 1] * logits.shape[-1] + corner[:, 0]
         peak, scale = self._of_cell(peak, cell), self._of_cell(scale, cell)
@@ -206,24 +231,6 @@ class PlaceModel(nn.Module):
         low, high = _edges(peak, scale)
         density = F.logsigmoid(steps) + F.logsigmoid(-steps) - (scale * (high - low)).log()
         return F.cross_entropy(logits.flatten(1), cell, reduction="none") - density.sum(1)
-
-    def sample(self, image: Tensor, condition: Tensor, uniform: Tensor) -> Tensor:
-        """Places (N, 2) in pixels, from (N, 3) uniform numbers in [0, 1): one for the cell, two for the point.
-
-        Cells that are hardly ever drawn are never drawn (Nguyen et al. 2025, "Min-p sampling", arXiv:2407.01082).
-        """
-        check_shape("uniform", uniform, len(image), 3)
-        x = self._read(image, condition)
-        logits = self._logits(x)
-        total = _without_tail(logits.flatten(1).double()).softmax(1).cumsum(1)
-        cell = torch.searchsorted(total, uniform[:, :1].double() * total[:, -1:], right=True)
-        cell = cell.clamp(max=total.shape[1] - 1)
-        corner = torch.cat((cell % logits.shape[-1], cell // logits.shape[-1]), 1)
-        peak, scale = (x[:, :, 0, 0].float() for x in self._peaks(self._of_cell(x, cell[:, 0])[:, :, None, None]))
-        low, high = _edges(peak, scale)
-        point = peak + scale * torch.lerp(low, high, uniform[:, 1:]).logit()  # the inverse of the distribution function
-        point = point.clamp(0, 1)
-        return ((corner + point) * self.cell).clamp(max=image.shape[-1] - 1)
 
     @staticmethod
     def _of_cell(x: Tensor, cell: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class Experiments:
             uniform, z = torch.rand(1, 3, generator=rng), torch.randn(1, generator.z_dim, generator=rng)
             image, condition, place = before[i : i + 1], conditions[i : i + 1, -1], None
             if generator.place_model is not None:
-                place = generator.place_model.sample(image, condition, uniform) if at is None else at[i : i + 1]
+                place = generator.place_model(image, condition, uniform) if at is None else at[i : i + 1]
                 places.append(place)
             pictures.append(generator(z, condition, image, place))
         return torch.cat(pictures), torch.cat(places) if places else None

@@ -362,7 +362,7 @@ def test_place_logits_equal_the_plain_version() -> None:
     model = randomise(PlaceModel(32, 5, channels=4)).double()
     image = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
     condition = torch.randn(2, 5, dtype=torch.float64)
-    torch.testing.assert_close(model(image, condition)[0], reference.place_logits(model, image, condition))
+    torch.testing.assert_close(model.distribution(image, condition)[0], reference.place_logits(model, image, condition))
 
 
 # The condition network
@@ -987,7 +987,7 @@ def test_the_loss_of_known_logits_is_the_logarithm_of_the_cells_probability() ->
 def test_places_are_drawn_as_often_as_their_cells_are_probable() -> None:
     n = 4000
     uniform = torch.rand(n, 3, generator=torch.Generator().manual_seed(0))
-    places = peaked_place_model().sample(torch.zeros(n, 3, 32, 32), torch.zeros(n, 5), uniform)
+    places = peaked_place_model()(torch.zeros(n, 3, 32, 32), torch.zeros(n, 5), uniform)
     columns, rows = (places / 2).long().unbind(1)
     chi_square = 0.0
     for (row, column), probability in PEAKS.items():
@@ -1008,7 +1008,7 @@ def test_the_extremes_of_the_uniform_numbers_stay_in_cells_that_can_be() -> None
     model.prior[0, 0] = -math.inf
     almost_one = 1 - 2.0**-24
     uniform = torch.tensor([[0.0, 0.0, 0.0], [almost_one] * 3])
-    places = model.sample(torch.zeros(2, 3, 32, 32), torch.zeros(2, 5), uniform)
+    places = model(torch.zeros(2, 3, 32, 32), torch.zeros(2, 5), uniform)
     torch.testing.assert_close(places, torch.tensor([[22.0, 6.0], [31.0, 31.0]]), atol=1e-5, rtol=0)
     assert places.max() <= 31
 
@@ -1018,12 +1018,12 @@ def test_cells_that_are_hardly_ever_drawn_are_never_drawn() -> None:
     model = peaked_place_model()
     uniform = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0))
     image, condition = torch.zeros(4000, 3, 32, 32), torch.zeros(4000, 5)
-    expected = model.sample(image, condition, uniform)
+    expected = model(image, condition, uniform)
     likeliest = math.log(0.5) + 3.0
     model.prior.clamp_(min=likeliest + math.log(0.9e-4))  # 252 cells, together 1 %
-    torch.testing.assert_close(model.sample(image, condition, uniform), expected)
+    torch.testing.assert_close(model(image, condition, uniform), expected)
     model.prior.clamp_(min=likeliest + math.log(1.1e-4))
-    assert (model.sample(image, condition, uniform) != expected).any()
+    assert (model(image, condition, uniform) != expected).any()
 
 
 @torch.no_grad()
@@ -1032,9 +1032,9 @@ def test_a_drawn_place_depends_on_its_own_picture_condition_and_numbers() -> Non
     rng = torch.Generator().manual_seed(0)
     image = torch.rand(3, 3, 32, 32, generator=rng) * 2 - 1
     condition, uniform = torch.randn(3, 5, generator=rng), torch.rand(3, 3, generator=rng)
-    places = model.sample(image, condition, uniform)
+    places = model(image, condition, uniform)
     for i in range(3):
-        alone = model.sample(image[i : i + 1], condition[i : i + 1], uniform[i : i + 1])
+        alone = model(image[i : i + 1], condition[i : i + 1], uniform[i : i + 1])
         torch.testing.assert_close(alone, places[i : i + 1], atol=1e-4, rtol=0)
 
 
@@ -1047,9 +1047,9 @@ def test_what_is_drawn_most_often_is_what_the_loss_likes_best() -> None:
     with torch.no_grad():
         model.in_cell.bias.copy_(torch.tensor([0.0, 0.0, 8.0, 8.0]))  # points as good as uniform
     image, condition = torch.rand(1, 3, 32, 32).expand(500, -1, -1, -1), torch.randn(1, 5).expand(500, -1)
-    places = model.sample(image, condition, torch.rand(500, 3))
+    places = model(image, condition, torch.rand(500, 3))
     losses = model.loss(image, condition, places)
-    logits = model(image[:1], condition[:1])[0].flatten()
+    logits = model.distribution(image[:1], condition[:1])[0].flatten()
     entropy = -(logits.softmax(0) * logits.log_softmax(0))
     assert abs(losses.mean() - entropy.sum()) < 4 * losses.std() / 500**0.5  # cross-entropy of a model with itself
 
@@ -1068,7 +1068,7 @@ def test_the_point_in_a_cell_is_drawn_as_the_loss_says() -> None:
         model.in_cell.bias.copy_(torch.tensor([*logits, *logs]))
         n = 4000
         uniform = torch.rand(n, 3, generator=torch.Generator().manual_seed(0))
-        places = model.sample(torch.zeros(n, 3, 32, 32), torch.zeros(n, 5), uniform)
+        places = model(torch.zeros(n, 3, 32, 32), torch.zeros(n, 5), uniform)
     points = places / 2 - torch.tensor([11, 3])
     assert ((points >= 0) & (points <= 1)).all()
     below = (points < torch.tensor([0.75, 0.4])).float().mean(0)
@@ -1091,7 +1091,7 @@ def test_the_place_model_names_bad_input(bad: str) -> None:
     model = PlaceModel(32, 5)
     image, condition = torch.zeros(2, 3, 32, 32), torch.zeros(2, 5)
     with pytest.raises(ValueError, match=rf"{bad} must be \(2, [23]\), got \(1, 2\)"):
-        (model.loss if bad == "place" else model.sample)(image, condition, torch.zeros(1, 2))
+        (model.loss if bad == "place" else model)(image, condition, torch.zeros(1, 2))
 
 
 # Configs

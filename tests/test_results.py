@@ -267,7 +267,7 @@ def candidates_of_a_turn(
         for _ in range(turn + 1):
             uniform, z = torch.rand(3, generator=rng), torch.randn(generator.z_dim, generator=rng)
         assert generator.place_model is not None
-        place = generator.place_model.sample(image[None], condition, uniform[None])
+        place = generator.place_model(image[None], condition, uniform[None])
         found.append((generator(z[None], condition, image[None], place)[0], place[0]))
     return found
 
