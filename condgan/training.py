@@ -98,7 +98,7 @@ class TrainConfig:
     ema_halflife_images: int = 10_000
     """Pictures after which a weight has half its influence on the averaged model."""
     init_generator: str | None = None
-    """Name, folder or hub id of a generator to start from; None starts afresh."""
+    """Name, folder or hub id of a generator to start from, without its correction of first turns; None: a fresh one."""
     init_discriminator: str | None = None
     """Name, folder or hub id of a discriminator to start from; None starts afresh."""
     init_noise_encoder: str | None = None
