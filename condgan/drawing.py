@@ -400,12 +400,15 @@ def _stream_turns(
     """The turns of one scene; between them the generator is in its own mode and gradients are as they were."""
     objects = encode_objects(scene, generator.vocabulary)[None]
     steps = iterate_turns(generator, objects, [random_source(seed)], [asked or []], None)
-    with torch.no_grad(), evaluating(generator):
-        image, _ = next(steps)
+
+    def draw_next() -> DrawnTurn:
+        with torch.no_grad(), evaluating(generator):
+            return next(steps)
+
+    image, _ = draw_next()
     for turn, name in enumerate(scene):
         previous = image
-        with torch.no_grad(), evaluating(generator):
-            image, place = next(steps)
+        image, place = draw_next()
         where = None
         if place is not None:
             (where,) = _known_places([None if asked is None else asked[turn]], place.tolist())
