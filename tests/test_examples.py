@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from tiny import COMPACT, lively_generator
 from torch import Tensor
 
 from condgan import (
+    DiffDiscriminator,
+    DiscriminatorConfig,
     GeneratorConfig,
     IterativeGenerator,
     NoiseEncoder,
@@ -89,6 +92,45 @@ def test_crops_of_an_untrained_generator_are_told_apart(
     with pytest.raises(SystemExit):
         run(monkeypatch, "crops.py", *arguments, "--held-out", 20)
     assert "--held-out must be from 1 to" in capsys.readouterr().err
+
+
+def test_turns_finds_what_drawn_ones_have_too_much_and_too_low(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lively_generator(COMPACT).save_pretrained(tmp_path / "model")
+    config = DiscriminatorConfig(width=4, condition_dim=COMPACT.condition_dim, places=True, window=COMPACT.window)
+    DiffDiscriminator(config).save_pretrained(tmp_path / "discriminator")
+    corrected = []
+
+    def three_pixels_lower(self: IterativeGenerator, z: Tensor, _: Tensor, before: Tensor, places: Tensor) -> Tensor:
+        assert self.correction is not None
+        corrected.append(bool(self.correction.offsets.any()))
+        drawn = before.clone()
+        for picture, (x, y) in zip(drawn, places.round().long().tolist(), strict=True):
+            square = picture[:, y + 2 : y + 5, x - 1 : x + 2]
+            square.copy_(torch.where(square > 0, -0.9, 0.9))
+        return drawn
+
+    def likes_small_changes(_: DiffDiscriminator, before: Tensor, images: tuple[Tensor, ...], *__: Tensor) -> list[Any]:
+        return [SimpleNamespace(logits=-(image - before).abs().mean((1, 2, 3))) for image in images]
+
+    monkeypatch.setattr(IterativeGenerator, "forward", three_pixels_lower)
+    monkeypatch.setattr(DiffDiscriminator, "compare", likes_small_changes)
+    arguments = ("--data", data, "--model", tmp_path / "model", "--discriminator", tmp_path / "discriminator")
+    run(monkeypatch, "turns.py", *arguments, "--scenes", 10)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 3 and all(corrected)
+    for turn, line in enumerate(lines, 1):
+        start, preferred, drawn, real, lower = re.split(": |, | and ", line)
+        assert (start, preferred, drawn) == (str(turn), "0.000", "9.0"), "the real objects are larger"
+        assert float(real) > 20
+        assert abs(float(lower) - 3) < 0.5
+    corrected.clear()
+    run(monkeypatch, "turns.py", *arguments, "--scenes", 10, "--no-correction")
+    assert corrected and not any(corrected)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "turns.py", *arguments, "--scenes", 25)
+    assert "--scenes must be from 1 to" in capsys.readouterr().err
 
 
 def test_finetune_moves_a_loaded_model_towards_the_data(
