@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from condgan import DiffDiscriminator, IterativeGenerator
 from condgan.datasets import SceneDataset
-from condgan.functional import changed_region, place_of_change, places_of_turns, roll_conditions
+from condgan.functional import changed_region, place_of_change, roll_conditions
 from condgan.images import from_uint8, to_uint8
 from condgan.training import TrainingScenes
 
@@ -46,20 +46,19 @@ def main() -> None:
     scenes = TrainingScenes(dataset, generator, fit_canvas=False)
     objects = F.one_hot(scenes.objects[: args.scenes], scenes.num_objects).float()
     conditions, _ = roll_conditions(generator.encoder, objects)
-    places = places_of_turns(scenes.pixels[: args.scenes])  # (S, T, 2)
     print("turn, real one preferred, pixels changed by the drawn and by the real one, lower by")
-    for turn in range(places.shape[1]):
+    for turn in range(scenes.objects.shape[1]):
         noise = torch.Generator().manual_seed(turn)
         measured = []
         for rows in tqdm(torch.arange(args.scenes).split(BATCH_SIZE), f"turn {turn + 1}"):
             before, real = (from_uint8(scenes.pixels[rows, i]) for i in (turn, turn + 1))
-            condition, place = conditions[rows, turn], places[rows, turn]
-            asked = place if generator.config.places else None
+            condition = conditions[rows, turn]
+            place = None if scenes.places is None else scenes.places[rows, turn]
             z = torch.randn(len(rows), generator.z_dim, generator=noise)
-            drawn = from_uint8(to_uint8(generator(z, condition, before, asked)))
-            judged = discriminator.compare(before, (drawn, real), condition, asked)
+            drawn = from_uint8(to_uint8(generator(z, condition, before, place)))
+            judged = discriminator.compare(before, (drawn, real), condition, place)
             areas = (changed_region(before, x).sum((1, 2)) for x in (drawn, real))
-            lower = (place_of_change(before, drawn) - place)[:, 1]
+            lower = (place_of_change(before, drawn) - place_of_change(before, real))[:, 1]
             measured.append(torch.stack((judged[1].logits > judged[0].logits, *areas, lower), 1))
         preferred, of_drawn, of_real, lower = torch.cat(measured).nanmean(0).tolist()
         print(f"{turn + 1}: {preferred:.3f}, {of_drawn:.1f} and {of_real:.1f}, {lower:+.2f}")
