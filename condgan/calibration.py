@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,25 +15,26 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 
 from condgan.classifier import SceneClassifier
+from condgan.correction import ANSWERS, middle_of, products_of
 from condgan.drawing import DrawnTurn, iterate_turns, random_source
 from condgan.functional import ConditionEncoder, evaluating, places_of_turns, roll_conditions
 from condgan.images import from_uint8, to_uint8
 from condgan.models import IterativeGenerator, NoiseEncoder
 from condgan.precision import autocast
 
-CORRECTION_PASSES = 3
-"""How often :func:`correct_first_turns` draws all scenes."""
 FIRST_REACH = 1.0
 """Pixels around the mean place of an object's first turns within which they are corrected: all of i-CLEVR's are."""
 RIDGE = 0.05
-"""Share of the scenes that answers to the light are shortened by: there are about 200 of each object."""
+"""Share of the scenes of an object that its answers are shortened by, to find what objects share."""
+SLOPE_RIDGE, CURVE_RIDGE = 0.01, 0.1
+"""The same for the answers that objects share, to numbers and to products of two of them."""
 BATCH_SIZE = 32
 MAPPING_EPOCHS = 32
 """How often :func:`fit_mapping` sees every turn."""
 MAPPING_LEARNING_RATE = 2e-3
 """The highest, of AdamW; one cycle over all steps."""
 PLACE_EPOCHS = 8
-"""How often :func:`fit_places` sees every turn."""
+"""How often :func:`fit_places` sees every turn where it is not told."""
 PLACE_LEARNING_RATE = 3e-3
 FIT_BATCH_SIZE = 128
 LEGIBLE_BATCH_SIZE = 48
@@ -148,13 +150,15 @@ def fit_places(
     places: Tensor,
     *,
     history_dropout: float,
+    epochs: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Teach the place model where real objects stand, given what the finished RNN says.
+    """Teach the place model where real objects stand, given what the finished RNN says and how the scene is lit.
 
-    First turns start from empty scenes that the generator draws, not from the real ones: what is left of an object
-    where it was taken out of a real picture would give its place away. AdamW in batches of 128 for 8 epochs, from the
-    weights that the place model has. Equal arguments give equal weights; the global random state is left alone.
+    First turns start from empty scenes that the generator draws, each in the light of the real one, not from the real
+    ones: what is left of an object where it was taken out of a real picture would give its place away. AdamW in batches
+    of 128, from the weights that the place model has. Equal arguments give equal weights; the global random state is
+    left alone.
 
     Args:
         generator: its place model is changed in place.
@@ -162,6 +166,7 @@ def fit_places(
         objects: (S, T) ids.
         places: (S, T, 2) pixels.
         history_dropout: share of turns that are read as if they were the first, as in training.
+        epochs: how often every turn is seen; None: 8 times.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -171,27 +176,28 @@ def fit_places(
     if model is None:
         raise ValueError("generator: its configuration has places=False, so there is nothing to fit")
     conditions, alone = _read_both_ways(generator, objects)
-    before = torch.cat((_empty_scenes(generator, len(pixels))[:, None], pixels[:, 1:-1]), 1).flatten(0, 1)
+    empty = _empty_scenes(generator, pixels[:, 1], torch.Generator().manual_seed(0))
+    before = torch.cat((empty[:, None], pixels[:, 1:-1]), 1).flatten(0, 1)
     where = places.flatten(0, 1)
 
     def loss(rows: Tensor, rng: torch.Generator) -> Tensor:
         image, place = from_uint8(before[rows.to(before.device)]), where[rows.to(where.device)]
         condition = _mixed(conditions, alone, rows, history_dropout, rng)
-        return model.loss(image.to(rows.device), condition, place.to(rows.device))
+        image = image.to(rows.device)
+        return model.loss(image, condition, place.to(rows.device), generator.read_light(image))
 
-    steps = PLACE_EPOCHS * math.ceil(len(before) / FIT_BATCH_SIZE)
+    steps = (PLACE_EPOCHS if epochs is None else epochs) * math.ceil(len(before) / FIT_BATCH_SIZE)
     _fit(model, loss, len(before), FIT_BATCH_SIZE, steps, PLACE_LEARNING_RATE, "places", progress)
 
 
 @torch.no_grad()
-def _empty_scenes(generator: IterativeGenerator, count: int) -> Tensor:
-    """Canvases (N, 3, H, W) uint8 of seeds 0, 1, 2, ..."""
-    nothing = torch.zeros(count, 1, len(generator.vocabulary))
-    scenes = []
-    for rows in torch.arange(count).split(BATCH_SIZE):
-        sources = [random_source(row) for row in rows.tolist()]
-        canvas, _ = next(iterate_turns(generator, nothing[rows], sources, [[]] * len(rows), None))
-        scenes.append(to_uint8(canvas))
+def _empty_scenes(generator: IterativeGenerator, pictures: Tensor, rng: torch.Generator) -> Tensor:
+    """Canvases (N, 3, H, W) uint8 in the light of pictures (N, 3, H, W) uint8."""
+    device, scenes = generator.canvas.mean.device, []
+    for chunk in pictures.split(FIT_BATCH_SIZE):
+        scores = generator.canvas.estimate_light(from_uint8(chunk.to(device))).scores
+        grain = torch.randn(chunk.shape, generator=rng).to(device)
+        scenes.append(to_uint8(generator.canvas.in_light(scores, grain)).cpu())
     return torch.cat(scenes)
 
 
@@ -250,8 +256,9 @@ def prefer_legible_codes(
             condition = condition.detach()
             uniform, z = torch.rand(len(rows), 3, generator=rng), torch.randn(len(rows), generator.z_dim, generator=rng)
             with torch.no_grad():
-                place = None if places is None else places(image, condition, uniform.to(device))
-                context = condition, place, generator.read_light(image)
+                light = generator.read_light(image)
+                place = None if places is None else places(image, condition, uniform.to(device), light)
+                context = condition, place, light
             code = mapping(z.to(device), *context)
             with autocast(device, bf16):
                 drawn = generator.synthesis(code, condition, image, place).float()
@@ -338,16 +345,25 @@ def recalibrate(generator: IterativeGenerator, objects: Tensor, batches: int = 8
 
 @torch.no_grad()
 def correct_first_turns(
-    generator: IterativeGenerator, pixels: Tensor, objects: Tensor, *, progress: bool = True
+    generator: IterativeGenerator,
+    noise_encoder: NoiseEncoder | None,
+    pixels: Tensor,
+    objects: Tensor,
+    *,
+    progress: bool = True,
 ) -> None:
     """Measure what first turns have wrong on average, object by object, and have the generator take it off.
 
-    What an object changes in a picture is explained by the object and, for models that know the light, linearly by the
-    light, in real turns and in drawn ones. Every pass draws the first turns of all scenes and moves the correction
-    towards the difference: in the n-th pass by the n-th part of what is still missing, so that all passes count alike.
+    Draws the first turns of real scenes once more, in their own light, at their own places and with their own codes, so
+    that a cube is turned as the real one is and what is left is error. It is explained by the object and, for models
+    that know them, by the light and the place: linearly, and by products of two of these numbers. They are many and
+    there are few pictures of each object, so objects of one shape share their answers: two pictures for each number and
+    each product (:data:`condgan.correction.ANSWERS`), mixed for every object and colour as the linear answers of the
+    real turns are, by their first principal components.
 
     Args:
         generator: changed in place, with ``config.correction``. Its batch norms must be final: see :func:`recalibrate`.
+        noise_encoder: finds the codes; None draws with random noise, which takes many more scenes to be as precise.
         pixels: (S, 2, 3, H, W) uint8, empty scenes and what real first turns made of them.
         objects: (S,) ids of the objects that were added.
         progress: show a progress bar on stderr.
@@ -355,65 +371,118 @@ def correct_first_turns(
     Raises:
         ValueError: the generator has no correction.
 
-    Source: stochastic approximation, Robbins and Monro 1951; ridge regression, Hoerl and Kennard 1970.
+    Source: reduced-rank regression, Izenman 1975, "Reduced-rank regression for the multivariate linear model"; ridge
+    regression, Hoerl and Kennard 1970.
     """
     correction = generator.correction
     if correction is None:
         raise ValueError("generator: its configuration has correction=False, so there is nothing to measure")
-    device = correction.conditions.device
-    kinds = torch.eye(len(generator.vocabulary))
-    correction.conditions.copy_(generator.encoder(kinds.to(device))[0])
+    device, count, numbers = correction.conditions.device, len(generator.vocabulary), correction.num_inputs
+    kinds = torch.eye(count, device=device)
+    correction.conditions.copy_(generator.encoder(kinds)[0])
     correction.clear_()
-    real = _Answers(generator)
-    for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
-        before, after = from_uint8(pixels[rows].to(device)).unbind(1)
-        real.add(before, after, kinds[objects[rows]])
-    wanted = real.coefficients()
+    places = places_of_turns(pixels)[:, 0].to(device)
     if generator.place_model is not None:  # the mean of no places is NaN
-        places = places_of_turns(pixels)[:, 0].to(device)
-        correction.put_(torch.stack([places[objects == kind].mean(0) for kind in range(len(kinds))]), FIRST_REACH)
-    total = CORRECTION_PASSES * len(pixels)
+        by_kind = [places[objects.to(device) == kind] for kind in range(count)]
+        usual = torch.stack([x.mean(0) for x in by_kind])
+        spread = torch.stack([(x - mean).square().mean(0).sqrt() for x, mean in zip(by_kind, usual, strict=True)])
+        correction.put_(usual, spread, FIRST_REACH)
+    changes = _Sums(count, numbers, generator.image_size, device)
+    errors = _Sums(count, numbers + numbers * (numbers + 1) // 2, generator.image_size, device)
+    noise = torch.Generator().manual_seed(0)
     with (
         evaluating(generator),
-        tqdm(total=total, desc="first turns", unit="img", file=sys.stderr, disable=not progress) as bar,
+        contextlib.nullcontext() if noise_encoder is None else evaluating(noise_encoder),
+        tqdm(total=len(pixels), desc="first turns", unit="img", file=sys.stderr, disable=not progress) as bar,
     ):
-        for number in range(CORRECTION_PASSES):
-            drawn = _Answers(generator)
-            for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
-                rngs = [random_source(number * len(pixels) + row) for row in rows.tolist()]
-                one_hot = kinds[objects[rows]]
-                turns = iterate_turns(generator, one_hot[:, None], rngs, [[]] * len(rows), None)
-                before, after = (from_uint8(to_uint8(image).to(device)) for image, _ in turns)
-                drawn.add(before, after, one_hot)
-                bar.update(len(rows))
-            correction.add_((wanted - drawn.coefficients()) / (number + 1))
+        for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
+            before, after = from_uint8(pixels[rows].to(device)).unbind(1)
+            canvas = from_uint8(_empty_scenes(generator, pixels[rows, 1], noise).to(device))
+            chosen = objects[rows].to(device)
+            place = None if generator.place_model is None else places[rows.to(device)]
+            if noise_encoder is None:
+                z = torch.randn(len(rows), generator.z_dim, generator=noise).to(device)
+                drawn = generator(z, correction.conditions[chosen], canvas, place)
+            else:
+                code = noise_encoder(before, after, place)
+                drawn = generator.synthesis(code, correction.conditions[chosen], canvas, place)
+            known = canvas.new_zeros(len(rows), 0)
+            if numbers:
+                known = correction.read(chosen, generator.read_light(canvas), place)
+            change, error = after - before, after - before - drawn + canvas
+            changes.add(known, change, kinds[chosen])
+            errors.add(torch.cat((known, products_of(known)), 1), error, kinds[chosen])
+            bar.update(len(rows))
+    if correction.curves is None:
+        correction.offsets.copy_(errors.means())
+    else:
+        correction.set_(*_explain(changes, errors, generator.vocabulary.shapes, correction.curves.shape[-1]))
 
 
-class _Answers:
-    """Linear regression, object by object, of what a turn changed on how the scene is lit."""
+def _explain(changes: _Sums, errors: _Sums, shapes: Sequence[str], size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Offsets, slopes, curves and shares of a correction, see :meth:`FirstTurnCorrection.set_`.
 
-    def __init__(self, generator: IterativeGenerator) -> None:
-        self.generator = generator
-        kinds, numbers, size = len(generator.vocabulary), 1 + generator.config.light_inputs, generator.image_size
-        device = next(generator.parameters()).device
-        self.products = torch.zeros(kinds, numbers, numbers, device=device)
-        self.sums = torch.zeros(kinds, numbers, 3, size, size, device=device)
+    Args:
+        changes: what real first turns changed, and L numbers that it may answer to.
+        errors: what drawn ones lack, these numbers and their products.
+        shapes: of the objects; those of one shape share their answers.
+        size: side of the square in the middle that answers.
+    """
+    counts, numbers = changes.products[:, 0, 0], changes.products.shape[1] - 1
+    ridge = torch.eye(numbers).to(counts) * (RIDGE * counts + (counts == 0))[:, None, None]
+    products, pictures = changes.centred(size)
+    slopes = torch.linalg.solve(products + ridge, pictures.flatten(2)).unflatten(2, (3, -1))  # (K, L, 3, size * size)
 
-    def add(self, before: Tensor, after: Tensor, one_hot: Tensor) -> None:
-        """Take note of N turns, each with the object that was added, (N, K)."""
-        light = self.generator.read_light(before)
-        known = torch.ones(len(before), 1, device=before.device)
-        known = known if light is None else torch.cat((known, light), 1)  # (N, 1 + L)
-        one_hot = one_hot.to(known)
-        self.products += torch.einsum("nk,ni,nj->kij", one_hot, known, known)
-        known_by_kind = torch.einsum("nk,ni->kin", one_hot, known)
-        self.sums += (known_by_kind @ (after - before).flatten(1)).view_as(self.sums)
+    offsets, means = errors.means(), errors.products[:, 1:, 0] / counts.clamp(min=1)[:, None]
+    products, pictures = errors.centred(size)
+    shares = counts.new_zeros(len(shapes), 3, ANSWERS * len(set(shapes)))
+    answers = counts.new_zeros(shares.shape[2], products.shape[1], size * size)
+    for number, shape in enumerate(dict.fromkeys(shapes)):
+        rows = torch.tensor([other == shape for other in shapes], device=counts.device)
+        part = slice(ANSWERS * number, ANSWERS * (number + 1))
+        of_colours = slopes[rows].transpose(1, 2).flatten(2).flatten(0, 1)  # (k * 3, L * size * size)
+        mixed = torch.linalg.svd(of_colours, full_matrices=False).U[:, :ANSWERS] * len(of_colours) ** 0.5
+        mixed = mixed.unflatten(0, (-1, 3))  # (k, 3, R)
+        weights = mixed.mT @ mixed  # (k, R, R)
+        normal = sum(torch.kron(weight, product) for weight, product in zip(weights, products[rows], strict=True))
+        ridge = torch.full((ANSWERS, products.shape[1]), CURVE_RIDGE).to(counts)
+        ridge[:, :numbers] = SLOPE_RIDGE
+        normal = normal + torch.diag(ridge.flatten() * (3 * counts[rows].sum()).clamp(min=1))
+        wanted = torch.einsum("kcr,kfcp->rfp", mixed, pictures[rows])
+        answers[part] = torch.linalg.solve(normal, wanted.flatten(0, 1)).view_as(wanted)
+        shares[rows, :, part] = mixed
+    explained = torch.einsum("kcr,rfp->kfcp", shares, answers)  # (K, F, 3, size * size)
+    middle = middle_of(offsets.shape[-1], size)
+    offsets[:, :, middle, middle] -= torch.einsum("kf,kfcp->kcp", means, explained).view(-1, 3, size, size)
+    slopes = explained[:, :numbers].flatten(1, 2).unflatten(2, (size, size))
+    return offsets, slopes, answers[:, numbers:].unflatten(2, (size, size)), shares
 
-    def coefficients(self) -> Tensor:
-        """(K, 1 + L, 3, H, W): the mean change, and the answer to each number; 0 for objects that were never added."""
-        counts = self.products[:, 0, 0, None]
-        ridge = RIDGE * counts.repeat(1, self.products.shape[1])
-        ridge[:, 0] = 0
-        ridge += (counts == 0).to(ridge)
-        found = torch.linalg.solve(self.products + torch.diag_embed(ridge), self.sums.flatten(2))
-        return found.view_as(self.sums)
+
+class _Sums:
+    """What a linear regression of pictures on numbers has to know of its samples, object by object."""
+
+    def __init__(self, kinds: int, numbers: int, image_size: int, device: torch.device) -> None:
+        self.products = torch.zeros(kinds, 1 + numbers, 1 + numbers, dtype=torch.float64, device=device)
+        self.pictures = torch.zeros(kinds, 1 + numbers, 3, image_size, image_size, device=device)
+
+    def add(self, numbers: Tensor, pictures: Tensor, one_hot: Tensor) -> None:
+        """Take note of N samples: numbers (N, F), pictures (N, 3, H, W) and their objects (N, K)."""
+        known = torch.cat((numbers.new_ones(len(numbers), 1), numbers), 1)
+        self.products += torch.einsum("nk,ni,nj->kij", one_hot.double(), known.double(), known.double())
+        by_kind = torch.einsum("nk,ni->kin", one_hot, known)
+        self.pictures += (by_kind @ pictures.flatten(1)).view_as(self.pictures)
+
+    def means(self) -> Tensor:
+        """Mean pictures (K, 3, H, W); 0 of objects without samples."""
+        return self.pictures[:, 0] / self.products[:, 0, 0].clamp(min=1).to(self.pictures)[:, None, None, None]
+
+    def centred(self, size: int) -> tuple[Tensor, Tensor]:
+        """Sums about the means: of products of two numbers (K, F, F), of numbers and pictures (K, F, 3, size * size).
+
+        Of pictures the square in the middle.
+        """
+        sums, counts = self.products[:, 1:, 0], self.products[:, :1, :1].clamp(min=1)
+        products = self.products[:, 1:, 1:] - sums[:, :, None] * sums[:, None] / counts
+        middle = middle_of(self.pictures.shape[-1], size)
+        pictures = self.pictures[..., middle, middle].flatten(3).double()
+        return products, pictures[:, 1:] - sums[:, :, None, None] / counts[..., None] * pictures[:, :1]

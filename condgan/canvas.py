@@ -77,7 +77,10 @@ class Canvas(nn.Module):
         self.flow = ContinuousFlow(num_components) if num_components else None
 
     def forward(self, light: Tensor, grain: Tensor) -> Tensor:
-        scores = light if self.flow is None else self.flow(light)
+        return self.in_light(light if self.flow is None else self.flow(light), grain)
+
+    def in_light(self, scores: Tensor, grain: Tensor) -> Tensor:
+        """Empty scenes (N, 3, H, W) with so much of each component, (N, K), such as :meth:`estimate_light` finds."""
         lit = self.mean + torch.einsum("nk,kchw->nchw", scores, self.components)
         return (lit + self._coloured(grain)).clamp(-1, 1)
 

@@ -33,9 +33,9 @@ DrawnTurn = tuple[Tensor, Tensor | None]
 
 
 class PlaceSampler(Protocol):
-    """Draws places (N, 2) for new objects, given pictures, conditions and (N, 3) uniform numbers."""
+    """Draws places (N, 2) for new objects, given pictures, conditions, (N, 3) uniform numbers and the light."""
 
-    def __call__(self, image: Tensor, condition: Tensor, uniform: Tensor) -> Tensor: ...
+    def __call__(self, image: Tensor, condition: Tensor, uniform: Tensor, light: Tensor | None = None) -> Tensor: ...
 
 
 class SceneModel(AskedModel, Protocol):
@@ -52,7 +52,15 @@ class SceneModel(AskedModel, Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def modules(self) -> Iterator[nn.Module]: ...
     def train(self, mode: bool = True) -> object: ...
-    def __call__(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None) -> Tensor: ...
+    def read_light(self, prev_image: Tensor) -> Tensor | None: ...
+    def __call__(
+        self,
+        z: Tensor,
+        condition: Tensor,
+        prev_image: Tensor,
+        place: Tensor | None = None,
+        light: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 class Turns(NamedTuple):
@@ -222,13 +230,13 @@ def _draw_turn(
     generator: SceneModel, noise: TurnNoise, condition: Tensor, image: Tensor, wanted: Sequence[Place | None]
 ) -> DrawnTurn:
     """One turn of every picture, drawn once, given conditions (N, D), pictures so far and asked places."""
-    place = None
+    place, light = None, generator.read_light(image)
     if generator.place_model is not None:
-        place = generator.place_model(image.to(condition.dtype), condition, noise.uniform).float()
+        place = generator.place_model(image.to(condition.dtype), condition, noise.uniform, light).float()
         for i, asked in enumerate(wanted):
             if asked is not None:
                 place[i] = torch.tensor(asked)
-    return generator(noise.z, condition, image, place), place
+    return generator(noise.z, condition, image, place, light), place
 
 
 def draw(

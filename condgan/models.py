@@ -19,7 +19,7 @@ from condgan import drawing
 from condgan import images as pictures
 from condgan.canvas import Canvas
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
-from condgan.correction import FirstTurnCorrection
+from condgan.correction import ANSWERS, FirstTurnCorrection
 from condgan.drawing import Redraw
 from condgan.functional import crop, paste
 from condgan.hub import PretrainedModel
@@ -63,6 +63,7 @@ class IterativeGenerator(PretrainedModel):
         condition: (N, condition_dim), output of ``encoder``.
         prev_image: (N, 3, H, W) in [-1, 1].
         place: (N, 2) centre of the new object in pixels (x, y), if ``config.places``; else None.
+        light: (N, light_inputs), what :meth:`read_light` says of ``prev_image``; None has it read.
         output: (N, 3, H, W) in [-1, 1], dtype of ``prev_image``, which may be finer than the network's.
 
     Raises:
@@ -120,23 +121,26 @@ class IterativeGenerator(PretrainedModel):
 
         self.canvas = Canvas(config.image_size, config.light_components)
         self.light = SceneLight(config.light_inputs) if config.light_inputs else None
-        self.place_model = PlaceModel(config.image_size, config.condition_dim) if config.places else None
+        self.place_model = None
+        if config.places:
+            self.place_model = PlaceModel(config.image_size, config.condition_dim, config.light_inputs)
         self.mapping = NoiseMapping(config) if config.mapping else None
         self.correction = None
         if config.correction:
-            sizes = len(self.vocabulary), config.condition_dim, config.image_size, config.light_inputs
-            self.correction = FirstTurnCorrection(*sizes, config.window or config.image_size)
+            sizes = len(self.vocabulary), config.condition_dim, config.image_size, config.light_inputs, config.places
+            curves = ANSWERS * len(set(self.vocabulary.shapes))
+            self.correction = FirstTurnCorrection(*sizes, config.window or config.image_size, curves)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what a scene takes most of its time for, each part when it is first used.
 
-        That is the empty scene, the place of an object and the turn; the RNN would save next to nothing. Arguments are
-        those of :func:`torch.compile`.
+        That is the empty scene, the light, the place of an object and the turn; the RNN would save next to nothing.
+        Arguments are those of :func:`torch.compile`.
         """
         super().compile(*args, **kwargs)
-        self.canvas.compile(*args, **kwargs)
-        if self.place_model is not None:
-            self.place_model.compile(*args, **kwargs)
+        for part in (self.canvas, self.light, self.place_model):
+            if part is not None:
+                part.compile(*args, **kwargs)
 
     @property
     def image_size(self) -> int:
@@ -153,9 +157,19 @@ class IterativeGenerator(PretrainedModel):
         """Turns of the scenes that the model was trained on."""
         return self.config.num_turns
 
-    def forward(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        condition: Tensor,
+        prev_image: Tensor,
+        place: Tensor | None = None,
+        light: Tensor | None = None,
+    ) -> Tensor:
         self._check_turn(z, condition, prev_image, place)
-        light = self.read_light(prev_image)
+        if light is None:
+            light = self.read_light(prev_image)
+        else:
+            check_shape("light", light, len(prev_image), self.config.light_inputs)
         code = z if self.mapping is None else self.mapping(z, condition, place, light)
         return self._turn(code, condition, prev_image, place, light)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +155,7 @@ class PlaceModel(nn.Module):
         image: (N, 3, H, W) in [-1, 1].
         condition: (N, D).
         uniform: (N, 3) in [0, 1): random numbers, one for the cell, two for the point in it.
+        light: (N, light_inputs), how the picture is lit; None is the mean of all scenes.
         output: (N, 2) drawn places in pixels (x, y).
 
     Raises:
@@ -167,12 +168,13 @@ class PlaceModel(nn.Module):
     cell = 2
     """Side of a cell in pixels."""
 
-    def __init__(self, image_size: int, condition_dim: int, channels: int = 32) -> None:
+    def __init__(self, image_size: int, condition_dim: int, light_inputs: int = 0, channels: int = 32) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, channels, 4, 2, 1)
         self.conv2 = nn.Conv2d(channels, channels, 4, 2, 1)
         self.conv3 = nn.Conv2d(channels, channels, 3, padding=2, dilation=2)
         self.condition = nn.Linear(condition_dim, channels)
+        self.light = nn.Linear(light_inputs, channels, bias=False) if light_inputs else None
         self.conv4 = nn.Conv2d(2 * channels, channels, 3, padding=1)
         self.conv5 = nn.Conv2d(channels, 1, 1)
         self.in_cell = nn.Conv2d(channels, 4, 1)
@@ -180,9 +182,9 @@ class PlaceModel(nn.Module):
             nn.init.zeros_(parameter)
         self.prior = nn.Parameter(torch.zeros(image_size // self.cell, image_size // self.cell))
 
-    def forward(self, image: Tensor, condition: Tensor, uniform: Tensor) -> Tensor:
+    def forward(self, image: Tensor, condition: Tensor, uniform: Tensor, light: Tensor | None = None) -> Tensor:
         check_shape("uniform", uniform, len(image), 3)
-        x = self._read(image, condition)
+        x = self._read(image, condition, light)
         logits = self._logits(x)
         total = _without_tail(logits.flatten(1).double()).softmax(1).cumsum(1)
         cell = torch.searchsorted(total, uniform[:, :1].double() * total[:, -1:], right=True)
@@ -194,23 +196,27 @@ class PlaceModel(nn.Module):
         point = point.clamp(0, 1)
         return ((corner + point) * self.cell).clamp(max=image.shape[-1] - 1)
 
-    def distribution(self, image: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def distribution(
+        self, image: Tensor, condition: Tensor, light: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What places are drawn from.
 
         Returns:
             Logits (N, H / 2, W / 2), one softmax over all cells; and of x and y in each cell, which goes from 0 to 1,
             the peaks and the scales, (N, 2, H / 2, W / 2) each.
         """
-        x = self._read(image, condition)
+        x = self._read(image, condition, light)
         return self._logits(x), *self._peaks(x)
 
-    def _read(self, image: Tensor, condition: Tensor) -> Tensor:
+    def _read(self, image: Tensor, condition: Tensor, light: Tensor | None) -> Tensor:
         """Features (N, channels, H / 2, W / 2) of every cell."""
         fine = F.relu(self.conv1(image))  # (N, channels, H/2, W/2)
         coarse = F.relu(self.conv2(fine))  # (N, channels, H/4, W/4)
         coarse = coarse + F.relu(self.conv3(coarse) + self.condition(condition)[:, :, None, None])
-        x = torch.cat((fine, F.interpolate(coarse, scale_factor=2, mode="nearest")), 1)
-        return F.relu(self.conv4(x))
+        x = self.conv4(torch.cat((fine, F.interpolate(coarse, scale_factor=2, mode="nearest")), 1))
+        if self.light is not None and light is not None:
+            x = x + self.light(light.to(x.dtype))[:, :, None, None]
+        return F.relu(x)
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.conv5(x)[:, 0] + self.prior
@@ -220,10 +226,10 @@ class PlaceModel(nn.Module):
         peak, scale = self.in_cell(x).chunk(2, 1)
         return peak.sigmoid(), F.softplus(scale) + LEAST_SCALE
 
-    def loss(self, image: Tensor, condition: Tensor, place: Tensor) -> Tensor:
+    def loss(self, image: Tensor, condition: Tensor, place: Tensor, light: Tensor | None = None) -> Tensor:
         """Negative log-likelihood (N,) in nats of true places (N, 2), in pixels, against uniform ones in a cell."""
         check_shape("place", place, len(image), 2)
-        logits, peak, scale = self.distribution(image, condition)
+        logits, peak, scale = self.distribution(image, condition, light)
         corner = (place / self.cell).long().clamp(0, logits.shape[-1] - 1)  # (N, 2)
         cell = corner[:, 1] * logits.shape[-1] + corner[:, 0]
         peak, scale = self._of_cell(peak, cell), self._of_cell(scale, cell)
@@ -231,6 +237,11 @@ class PlaceModel(nn.Module):
         low, high = _edges(peak, scale)
         density = F.logsigmoid(steps) + F.logsigmoid(-steps) - (scale * (high - low)).log()
         return F.cross_entropy(logits.flatten(1), cell, reduction="none") - density.sum(1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.light is not None:  # checkpoints of before the light was known
+            state_dict.setdefault(f"{prefix}light.weight", torch.zeros_like(self.light.weight))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod
     def _of_cell(x: Tensor, cell: Tensor) -> Tensor:

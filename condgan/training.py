@@ -565,11 +565,12 @@ class Trainer:
         """Of what is left to chance, places and codes: how unlikely the real ones are. The networks are not touched."""
         conditions = conditions.detach().float()
         losses = {}
+        light = self.generator.read_light(batch.prev_images)
         if self.generator.place_model is not None and batch.places is not None:
-            losses["place"] = batch.mean(self.generator.place_model.loss(batch.prev_images, conditions, batch.places))
+            place = self.generator.place_model.loss(batch.prev_images, conditions, batch.places, light)
+            losses["place"] = batch.mean(place)
         if self.generator.mapping is not None and code is not None:
             code = code.detach().float()
-            light = self.generator.read_light(batch.prev_images)
             losses["mapping"] = batch.mean(self.generator.mapping.loss(code, conditions, batch.places, light))
         return losses
 
@@ -700,7 +701,8 @@ class Trainer:
             drawn, bf16 = self.config.verifier_scenes, self.config.bf16
             prefer_legible_codes(generator, self.verifier, one_hot, scenes=drawn, bf16=bf16, progress=progress)
         if generator.correction is not None:
-            correct_first_turns(generator, scenes.pixels[:, :2], scenes.objects[:, 0], progress=progress)
+            first = scenes.pixels[:, :2], scenes.objects[:, 0]
+            correct_first_turns(generator, self.noise_encoder, *first, progress=progress)
         return generator
 
     def _fit_mapping(self, generator: IterativeGenerator, progress: bool) -> None:

@@ -37,6 +37,11 @@ class Vocabulary:
         if not self.names or len(self._ids) != len(self.names):
             raise ValueError(f"names must be non-empty and unique, got {list(names)!r}")
 
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """The shape of each object: the last word of its name."""
+        return tuple(name.split()[-1] for name in self.names)
+
     def __len__(self) -> int:
         return len(self.names)
 

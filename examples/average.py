@@ -4,8 +4,8 @@
     python examples/average.py run-a/model run-b/model --data iclevr --out mean
 
 One must have been trained on from the other, or both from the same weights; the mean of strangers draws nothing. What
-does not average, the statistics of batch norms and the correction of first turns, is measured anew. The weights that
-ship were made so.
+does not average, the statistics of batch norms and the correction of first turns, is measured anew, with the noise
+encoder that both were trained with. The weights that ship were made so.
 
 Source: model soups, Wortsman et al. 2022, arXiv:2203.05482.
 """
@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from condgan import IterativeGenerator
 from condgan.calibration import correct_first_turns, recalibrate
 from condgan.datasets import SceneDataset
+from condgan.models import NoiseEncoder
 from condgan.training import TrainingScenes
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("models", nargs=2, help="names, folders or hub ids of two generators")
 parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on; its train split is used")
+parser.add_argument("--noise-encoder", default="iclevr-64-noise-encoder", help="that both were trained with")
 parser.add_argument("--share", type=float, default=0.5, help="of the second model, 0 to 1 (default: 0.5)")
 parser.add_argument("--out", required=True, type=Path, help="folder to write, in 16 bits")
 
@@ -52,7 +54,8 @@ def main() -> None:
     scenes = TrainingScenes(SceneDataset(args.data, "train"), generator, fit_canvas=False)
     recalibrate(generator, F.one_hot(scenes.objects, scenes.num_objects).float())
     if generator.correction is not None:
-        correct_first_turns(generator, scenes.pixels[:, :2], scenes.objects[:, 0])
+        noise_encoder = NoiseEncoder.from_pretrained(args.noise_encoder)
+        correct_first_turns(generator, noise_encoder, scenes.pixels[:, :2], scenes.objects[:, 0])
     generator.save_pretrained(args.out, dtype=torch.float16)
 
 

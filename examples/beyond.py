@@ -113,10 +113,11 @@ class Experiments:
             rng = random_source(seed)
             uniform, z = torch.rand(1, 3, generator=rng), torch.randn(1, generator.z_dim, generator=rng)
             image, condition, place = before[i : i + 1], conditions[i : i + 1, -1], None
+            light = generator.read_light(image)
             if generator.place_model is not None:
-                place = generator.place_model(image, condition, uniform) if at is None else at[i : i + 1]
+                place = generator.place_model(image, condition, uniform, light) if at is None else at[i : i + 1]
                 places.append(place)
-            pictures.append(generator(z, condition, image, place))
+            pictures.append(generator(z, condition, image, place, light))
         return torch.cat(pictures), torch.cat(places) if places else None
 
 

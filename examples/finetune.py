@@ -71,7 +71,8 @@ for epoch in range(args.epochs):
         loss = loss + (weight[:, :, :, 1:] * pixel_distance(error.diff(dim=3))).mean()
         loss = loss + (weight[:, :, 1:] * pixel_distance(error.diff(dim=2))).mean()
         if generator.place_model is not None:
-            loss = loss + 0.01 * generator.place_model.loss(before, conditions.detach(), place).mean()
+            light = generator.read_light(before)
+            loss = loss + 0.01 * generator.place_model.loss(before, conditions.detach(), place, light).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

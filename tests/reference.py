@@ -199,11 +199,13 @@ def place_of_change(prev_image: Tensor, image: Tensor, threshold: float) -> tupl
     return sum(x for x, _ in pixels) / len(pixels), sum(y for _, y in pixels) / len(pixels)
 
 
-def place_logits(model: PlaceModel, image: Tensor, condition: Tensor) -> Tensor:
+def place_logits(model: PlaceModel, image: Tensor, condition: Tensor, light: Tensor) -> Tensor:
     fine = relu(convolution(model.conv1, image))
     coarse = relu(convolution(model.conv2, fine))
     coarse = coarse + relu(convolution(model.conv3, coarse) + linear(model.condition, condition)[:, :, None, None])
-    x = relu(convolution(model.conv4, torch.cat((fine, upsample(coarse)), 1)))
+    assert model.light is not None
+    x = convolution(model.conv4, torch.cat((fine, upsample(coarse)), 1))
+    x = relu(x + torch.einsum("nl,cl->nc", light, model.light.weight)[:, :, None, None])
     return convolution(model.conv5, x)[:, 0] + model.prior  # the points in the cells: tests/test_models.py
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny import COMPACT, REFERENCE, lively_generator
 
 from condgan import IterativeGenerator
-from condgan.correction import LEAST_LIKENESS, FirstTurnCorrection
+from condgan.correction import LEAST_LIKENESS, FirstTurnCorrection, products_of
 
 
 def filled(num_objects: int = 3, condition_dim: int = 4) -> FirstTurnCorrection:
@@ -28,19 +28,60 @@ def test_each_object_gets_its_own_offset_whatever_the_length_of_the_condition() 
     torch.testing.assert_close(correction(torch.eye(3, 4) * torch.tensor([[1.0], [5.0], [9.0]])), correction.offsets)
 
 
-def test_light_adds_its_slopes_in_the_middle() -> None:
-    correction = FirstTurnCorrection(3, 4, 8, light_inputs=2, slope_size=4)
+def test_light_adds_its_slopes_and_curves_in_the_middle() -> None:
+    correction = FirstTurnCorrection(3, 4, 8, light_inputs=2, slope_size=4, num_curves=2)
     light = torch.tensor([[0.5, -2.0]]).expand(3, 2)
     assert correction(torch.eye(3, 4), light) is None, "a fresh one adds nothing"
-    coefficients = torch.randn(3, 3, 3, 8, 8)
+    offsets, slopes = torch.randn(3, 3, 8, 8), torch.randn(3, 6, 4, 4)
+    curves, shares = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 2)
     correction.conditions.copy_(torch.eye(3, 4))
-    correction.add_(coefficients)
-    expected = coefficients[:, 0].clone()
-    expected[:, :, 2:6, 2:6] += (0.5 * coefficients[:, 1] - 2.0 * coefficients[:, 2])[:, :, 2:6, 2:6]
+    correction.set_(offsets, slopes, curves, shares)
+    bent = (0.5**2 - 1) * curves[:, 0] + 0.5 * -2.0 * curves[:, 1] + ((-2.0) ** 2 - 1) * curves[:, 2]
+    expected = offsets.clone()
+    expected[:, :, 2:6, 2:6] += 0.5 * slopes[:, :3] - 2.0 * slopes[:, 3:] + torch.einsum("kcr,rhw->kchw", shares, bent)
     torch.testing.assert_close(correction(torch.eye(3, 4), light), expected)
-    torch.testing.assert_close(correction(torch.eye(3, 4)), coefficients[:, 0])
     correction.clear_()
     assert not correction(torch.eye(3, 4), light).any()
+
+
+def test_products_have_mean_0_and_do_not_correlate() -> None:
+    light = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0))
+    products = products_of(light)
+    assert products.shape == (200_000, 6)
+    known = torch.cat((light, products), 1)
+    expected = torch.diag(torch.tensor([1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 2.0]))
+    torch.testing.assert_close(known.T.cov(), expected, atol=0.04, rtol=0)
+    torch.testing.assert_close(known.mean(0), torch.zeros(9), atol=0.02, rtol=0)
+
+
+def test_the_place_beside_the_usual_one_counts_as_numbers_do() -> None:
+    correction = FirstTurnCorrection(2, 4, 8, light_inputs=1, places=True, slope_size=4, num_curves=2)
+    correction.conditions.copy_(torch.eye(2, 4))
+    usual, spread = torch.tensor([[3.0, 4.0], [5.0, 2.0]]), torch.tensor([[0.5, 0.1], [0.2, 0.4]])
+    correction.put_(usual, spread, reach=9.0)
+    light, place = torch.tensor([[0.5], [1e6]]), usual + spread * torch.tensor([[2.0, -1.0], [0.5, 3.0]])
+    numbers = torch.tensor([[0.5, 2.0, -1.0], [4.0, 0.5, 3.0]])  # no scene has such a light
+    torch.testing.assert_close(correction.read(torch.tensor([0, 1]), light, place), numbers)
+    slopes, curves, shares = torch.randn(2, 9, 4, 4), torch.randn(2, 6, 4, 4), torch.randn(2, 3, 2)
+    correction.set_(torch.zeros(2, 3, 8, 8), slopes, curves, shares)
+    expected = torch.einsum("nl,nlchw->nchw", numbers, slopes.unflatten(1, (3, 3)))
+    expected += torch.einsum("ncr,np,rphw->nchw", shares, products_of(numbers), curves)
+    drawn = correction(torch.eye(2, 4), light, place)
+    assert drawn is not None
+    torch.testing.assert_close(drawn[:, :, 2:6, 2:6], expected)
+    assert not drawn[:, :, :2].any()
+
+
+def test_a_checkpoint_of_before_there_were_curves_draws_as_it_did() -> None:
+    correction = FirstTurnCorrection(3, 4, 8, light_inputs=2, slope_size=4, num_curves=2)
+    correction.conditions.copy_(torch.eye(3, 4))
+    correction.set_(torch.randn(3, 3, 8, 8), torch.randn(3, 6, 4, 4), torch.zeros(2, 3, 4, 4), torch.zeros(3, 3, 2))
+    old = {name: value for name, value in correction.state_dict().items() if name not in ("curves", "shares")}
+    other = FirstTurnCorrection(3, 4, 8, light_inputs=2, slope_size=4, num_curves=2)
+    other.set_(torch.ones(3, 3, 8, 8), torch.ones(3, 6, 4, 4), torch.ones(2, 3, 4, 4), torch.ones(3, 3, 2))
+    other.load_state_dict(old)
+    light = torch.randn(3, 2)
+    torch.testing.assert_close(other(torch.eye(3, 4), light), correction(torch.eye(3, 4), light))
 
 
 def test_conditions_unlike_those_of_first_turns_get_nothing() -> None:
@@ -63,7 +104,8 @@ def test_first_turns_are_corrected_at_their_usual_places_only() -> None:
     place = torch.tensor([[3.0, 4.0], [3.0, 5.0], [4.5, 4.0], [3.0, 7.0]])  # 0, 1, 1.5 and 3 pixels away
     everywhere = correction.offsets[:1].expand(4, -1, -1, -1)
     torch.testing.assert_close(correction(conditions, None, place), everywhere)
-    correction.put_(torch.tensor([[3.0, 4.0], [torch.nan, torch.nan], [9.0, 9.0]]), reach=1.0)
+    usual = torch.tensor([[3.0, 4.0], [torch.nan, torch.nan], [9.0, 9.0]])
+    correction.put_(usual, torch.ones(3, 2), reach=1.0)
     share = torch.tensor([1, 1, 0.5, 0])[:, None, None, None]
     torch.testing.assert_close(correction(conditions, None, place), share * everywhere)
     assert correction(conditions[3:], None, place[3:]) is None

@@ -359,10 +359,33 @@ def test_found_noise_equals_the_plain_version(config: NoiseEncoderConfig, traini
 
 @torch.no_grad()
 def test_place_logits_equal_the_plain_version() -> None:
-    model = randomise(PlaceModel(32, 5, channels=4)).double()
+    model = randomise(PlaceModel(32, 5, light_inputs=3, channels=4)).double()
     image = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
-    condition = torch.randn(2, 5, dtype=torch.float64)
-    torch.testing.assert_close(model.distribution(image, condition)[0], reference.place_logits(model, image, condition))
+    condition, light = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    expected = reference.place_logits(model, image, condition, light)
+    torch.testing.assert_close(model.distribution(image, condition, light)[0], expected)
+    dark = reference.place_logits(model, image, condition, torch.zeros(2, 3, dtype=torch.float64))
+    torch.testing.assert_close(model.distribution(image, condition)[0], dark)
+
+
+def test_a_place_model_of_before_the_light_was_known_draws_as_it_did() -> None:
+    old, new = randomise(PlaceModel(32, 5)), randomise(PlaceModel(32, 5, light_inputs=3))
+    new.load_state_dict(old.state_dict())
+    image, condition, uniform, light = torch.zeros(2, 3, 32, 32), torch.randn(2, 5), torch.rand(2, 3), torch.randn(2, 3)
+    assert torch.equal(new(image, condition, uniform, light), old(image, condition, uniform))
+
+
+def test_the_light_that_was_read_before_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = GeneratorConfig(width=4, z_dim=7, condition_dim=5, output="blend", light_components=4, light_inputs=3)
+    generator = randomise(IterativeGenerator(config)).eval()
+    z, condition, prev_image, place = generator_input(config)
+    light = generator.read_light(prev_image)
+    assert light is not None
+    expected = generator(z, condition, prev_image, place)
+    monkeypatch.setattr(generator, "read_light", None)
+    assert torch.equal(generator(z, condition, prev_image, place, light), expected)
+    with pytest.raises(ValueError, match=r"light must be \(2, 3\), got \(1, 3\)"):
+        generator(z, condition, prev_image, place, light[:1])
 
 
 # The condition network
@@ -504,7 +527,8 @@ def test_every_parameter_of_a_generator_gets_a_finite_gradient(config: Generator
     condition, _ = generator.encoder(torch.eye(len(config.objects))[-2:], hidden)
     loss = generator(z, condition, prev_image, place).square().sum()
     if generator.place_model is not None:
-        loss = loss + generator.place_model.loss(prev_image, condition, place).sum()
+        light = generator.read_light(prev_image)
+        loss = loss + generator.place_model.loss(prev_image, condition, place, light).sum()
     loss.backward()
     for name, parameter in (*generator.named_parameters(), ("prev_image", prev_image)):
         assert parameter.grad is not None, name
@@ -645,7 +669,8 @@ def test_networks_with_a_window_see_nothing_else() -> None:
     for mask, (x, y) in zip(outside, window_corners(place, 64, 40).tolist(), strict=True):
         mask[:, y : y + 40, x : x + 40] = False
     other_prev, other_image = (torch.where(outside, o, p) for o, p in zip(other, (prev_image, image), strict=True))
-    drawn, other_drawn = (generator(z, condition, p, place) for p in (prev_image, other_prev))
+    light = generator.read_light(prev_image)  # all that is seen of what is outside
+    drawn, other_drawn = (generator(z, condition, p, place, light) for p in (prev_image, other_prev))
     assert torch.equal(drawn.masked_select(~outside), other_drawn.masked_select(~outside))
     assert torch.equal(other_drawn.masked_select(outside), other_prev.masked_select(outside))
     judged, other_judged = (

@@ -76,7 +76,8 @@ def lively_generator(config: GeneratorConfig, seed: int = 0) -> IterativeGenerat
                 buffer += 0.1 * torch.randn_like(buffer)
         if generator.correction is not None:
             generator.correction.conditions += generator.encoder(torch.eye(len(config.objects)))[0].detach()
-            for added in (generator.correction.offsets, generator.correction.slopes):
+            correction = generator.correction
+            for added in (correction.offsets, correction.slopes, correction.curves, correction.shares):
                 if added is not None:
                     added += 0.05 * torch.randn_like(added)
     return generator
