@@ -26,7 +26,7 @@ FIRST_REACH = 1.0
 """Pixels around the mean place of an object's first turns within which they are corrected: all of i-CLEVR's are."""
 RIDGE = 0.05
 """Share of the scenes of an object that its answers are shortened by, to find what objects share."""
-SLOPE_RIDGE, CURVE_RIDGE = 0.01, 0.1
+NUMBER_RIDGE, PRODUCT_RIDGE = 0.01, 0.1
 """The same for the answers that objects share, to numbers and to products of two of them."""
 BATCH_SIZE = 32
 MAPPING_EPOCHS = 32
@@ -413,14 +413,14 @@ def correct_first_turns(
             changes.add(known, change, kinds[chosen])
             errors.add(torch.cat((known, products_of(known)), 1), error, kinds[chosen])
             bar.update(len(rows))
-    if correction.curves is None:
+    if correction.answers is None:
         correction.offsets.copy_(errors.means())
     else:
-        correction.set_(*_explain(changes, errors, generator.vocabulary.shapes, correction.curves.shape[-1]))
+        correction.set_(*_explain(changes, errors, generator.vocabulary.shapes, correction.answers.shape[-1]))
 
 
-def _explain(changes: _Sums, errors: _Sums, shapes: Sequence[str], size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Offsets, slopes, curves and shares of a correction, see :meth:`FirstTurnCorrection.set_`.
+def _explain(changes: _Sums, errors: _Sums, shapes: Sequence[str], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets, answers and shares of a correction, see :meth:`FirstTurnCorrection.set_`.
 
     Args:
         changes: what real first turns changed, and L numbers that it may answer to.
@@ -445,8 +445,8 @@ def _explain(changes: _Sums, errors: _Sums, shapes: Sequence[str], size: int) ->
         mixed = mixed.unflatten(0, (-1, 3))  # (k, 3, R)
         weights = mixed.mT @ mixed  # (k, R, R)
         normal = sum(torch.kron(weight, product) for weight, product in zip(weights, products[rows], strict=True))
-        ridge = torch.full((ANSWERS, products.shape[1]), CURVE_RIDGE).to(counts)
-        ridge[:, :numbers] = SLOPE_RIDGE
+        ridge = torch.full((ANSWERS, products.shape[1]), PRODUCT_RIDGE).to(counts)
+        ridge[:, :numbers] = NUMBER_RIDGE
         normal = normal + torch.diag(ridge.flatten() * (3 * counts[rows].sum()).clamp(min=1))
         wanted = torch.einsum("kcr,kfcp->rfp", mixed, pictures[rows])
         answers[part] = torch.linalg.solve(normal, wanted.flatten(0, 1)).view_as(wanted)
@@ -454,8 +454,7 @@ def _explain(changes: _Sums, errors: _Sums, shapes: Sequence[str], size: int) ->
     explained = torch.einsum("kcr,rfp->kfcp", shares, answers)  # (K, F, 3, size * size)
     middle = middle_of(offsets.shape[-1], size)
     offsets[:, :, middle, middle] -= torch.einsum("kf,kfcp->kcp", means, explained).view(-1, 3, size, size)
-    slopes = explained[:, :numbers].flatten(1, 2).unflatten(2, (size, size))
-    return offsets, slopes, answers[:, numbers:].unflatten(2, (size, size)), shares
+    return offsets, answers.unflatten(2, (size, size)), shares
 
 
 class _Sums:

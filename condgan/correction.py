@@ -41,8 +41,8 @@ class FirstTurnCorrection(nn.Module):
     share their weights among all pixels, and adversarial training leaves such an error behind. The same holds for how
     an object answers to the light, and to the parts of a pixel by which its place differs from the usual one, as the
     camera moves. So all three are measured after training (:func:`condgan.calibration.correct_first_turns`): an offset
-    for each object, and in a square at the middle a slope for each of these numbers and a curve for each product of two
-    of them. A first turn is known by its condition, which depends on the object
+    for each object, and in a square at the middle answers to each of these numbers and to each product of two of them,
+    which objects and colours share. A first turn is known by its condition, which depends on the object
     only, and by its place; to other turns, and to objects that are put elsewhere, nothing is added.
 
     All weights are buffers: the optimizer of a larger model leaves them alone. A fresh correction adds nothing.
@@ -53,8 +53,8 @@ class FirstTurnCorrection(nn.Module):
         image_size: side of the pictures in pixels.
         light_inputs: numbers that say how a scene is lit.
         places: whether the place is known. The light and x and y are L numbers.
-        slope_size: side in pixels of the square with slopes and curves.
-        num_curves: answers C to products of these numbers, which objects share.
+        answer_size: side in pixels of the square with answers.
+        num_answers: how many pictures C there are for each number and product, for objects and colours to share.
 
     Shape:
         condition: (N, D); no gradient flows back to it.
@@ -68,9 +68,7 @@ class FirstTurnCorrection(nn.Module):
 
     conditions: Tensor
     offsets: Tensor
-    slopes: Tensor | None
-    place_slopes: Tensor | None
-    curves: Tensor | None
+    answers: Tensor | None
     shares: Tensor | None
     places: Tensor
     spread: Tensor
@@ -83,21 +81,16 @@ class FirstTurnCorrection(nn.Module):
         image_size: int,
         light_inputs: int = 0,
         places: bool = False,
-        slope_size: int = 0,
-        num_curves: int = 0,
+        answer_size: int = 0,
+        num_answers: int = 0,
     ) -> None:
         super().__init__()
         self.register_buffer("conditions", torch.zeros(num_objects, condition_dim))
         self.register_buffer("offsets", torch.zeros(num_objects, 3, image_size, image_size))
         self.num_inputs = numbers = light_inputs + 2 * places
-        slopes = torch.zeros(
-            num_objects, 3 * numbers, slope_size, slope_size
-        )  # of rank 4: a module may be channels_last
-        curves = torch.zeros(num_curves, numbers * (numbers + 1) // 2, slope_size, slope_size)
-        self.register_buffer("slopes", slopes[:, : 3 * light_inputs].clone() if light_inputs else None)
-        self.register_buffer("place_slopes", slopes[:, 3 * light_inputs :].clone() if places else None)
-        self.register_buffer("curves", curves if numbers else None)
-        self.register_buffer("shares", torch.zeros(num_objects, 3, num_curves) if numbers else None)
+        answers = torch.zeros(num_answers, numbers + numbers * (numbers + 1) // 2, answer_size, answer_size)
+        self.register_buffer("answers", answers if numbers else None)  # of rank 4, or a module cannot be channels_last
+        self.register_buffer("shares", torch.zeros(num_objects, 3, num_answers) if numbers else None)
         self.register_buffer("places", torch.zeros(num_objects, 2))
         self.register_buffer("spread", torch.ones(num_objects, 2))
         self.everywhere = 2.0 * image_size  # a reach that no place is beyond
@@ -114,14 +107,11 @@ class FirstTurnCorrection(nn.Module):
         if can_look and not share.any():
             return None
         offset = self.offsets[nearest]
-        if self.curves is not None and self.shares is not None:
+        if self.answers is not None and self.shares is not None:
             numbers = self.read(nearest, light, place).to(offset.dtype)
-            slopes = torch.cat([x[nearest].flatten(2) for x in (self.slopes, self.place_slopes) if x is not None], 1)
-            slopes = slopes.unflatten(1, (numbers.shape[1], 3)).flatten(2)  # (N, L, 3 h w)
-            answer = (numbers[:, None] @ slopes).unflatten(2, (3, -1))[:, 0]  # (N, 3, h w)
-            bent = products_of(numbers) @ self.curves.flatten(2)  # (C, N, h w)
-            answer = answer + self.shares[nearest] @ bent.transpose(0, 1)
-            answer = answer.unflatten(2, self.curves.shape[2:])
+            known = torch.cat((numbers, products_of(numbers)), 1)
+            answers = (known @ self.answers.flatten(2)).transpose(0, 1)  # (N, C, h w)
+            answer = (self.shares[nearest] @ answers).unflatten(2, self.answers.shape[2:])
             margin = (offset.shape[-1] - answer.shape[-1]) // 2
             offset = offset + F.pad(answer, (margin,) * 4)
         return share[:, None, None, None] * offset
@@ -137,26 +127,21 @@ class FirstTurnCorrection(nn.Module):
         """Add nothing any more."""
         self.offsets.zero_()
         self.reach.fill_(self.everywhere)
-        for answers in (self.slopes, self.place_slopes, self.curves):
-            if answers is not None:
-                answers.zero_()
+        if self.answers is not None:
+            self.answers.zero_()
 
-    def set_(self, offsets: Tensor, slopes: Tensor, curves: Tensor, shares: Tensor) -> None:
-        """From now on add this, for models that know the light.
+    def set_(self, offsets: Tensor, answers: Tensor, shares: Tensor) -> None:
+        """From now on add this, for models that know the light or the place.
 
         Args:
             offsets: (K, 3, H, W), for each object.
-            slopes: (K, 3 L, h, w), for each object and number (see :meth:`read`), in the square at the middle.
-            curves: (C, L (L + 1) / 2, h, w), for each product of two numbers.
-            shares: (K, 3, C), how much of each curve there is in each colour of an object.
+            answers: (C, L + L (L + 1) / 2, h, w), to each number (see :meth:`read`) and each product of two
+                (:func:`products_of`), in the square at the middle.
+            shares: (K, 3, C), how much of each there is in each colour of an object.
         """
-        assert self.curves is not None and self.shares is not None
+        assert self.answers is not None and self.shares is not None
         self.offsets.copy_(offsets)
-        if self.slopes is not None:
-            self.slopes.copy_(slopes[:, : self.slopes.shape[1]])
-        if self.place_slopes is not None:
-            self.place_slopes.copy_(slopes[:, -self.place_slopes.shape[1] :])
-        self.curves.copy_(curves)
+        self.answers.copy_(answers)
         self.shares.copy_(shares)
 
     def put_(self, places: Tensor, spread: Tensor, reach: float) -> None:
@@ -170,19 +155,28 @@ class FirstTurnCorrection(nn.Module):
         self.reach[known] = reach
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        later = {
-            "places": 0.0,
-            "spread": 1.0,
-            "reach": self.everywhere,
-            "place_slopes": 0.0,
-            "curves": 0.0,
-            "shares": 0.0,
-        }
-        for name, fresh in later.items():  # checkpoints may be older
-            buffer = getattr(self, name)
-            if buffer is not None:
-                state_dict.setdefault(f"{prefix}{name}", torch.full_like(buffer, fresh))
+        for name, fresh in (("places", 0.0), ("spread", 1.0), ("reach", self.everywhere)):
+            buffer = torch.full_like(self.get_buffer(name), fresh)
+            state_dict.setdefault(f"{prefix}{name}", buffer)  # checkpoints of before the places were known
+        if self.answers is not None and f"{prefix}slopes" in state_dict:
+            shared = self._share(state_dict.pop(f"{prefix}slopes"))
+            state_dict |= {f"{prefix}{name}": value for name, value in zip(("shares", "answers"), shared, strict=True)}
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _share(self, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares and answers of a checkpoint of before objects shared them, by the first principal components.
+
+        Args:
+            slopes: (K, 3 numbers, h, w), the answers to the light of each object by itself.
+        """
+        assert self.answers is not None and self.shares is not None
+        shares, answers = torch.zeros_like(self.shares), torch.zeros_like(self.answers)
+        by_colour = slopes.unflatten(1, (-1, 3)).transpose(1, 2).float()  # (K, 3, numbers, h, w)
+        left, values, right = torch.linalg.svd(by_colour.flatten(2).flatten(0, 1), full_matrices=False)
+        count, numbers = min(len(answers), len(values)), by_colour.shape[2]
+        shares[..., :count] = left[:, :count].unflatten(0, (-1, 3))
+        answers[:count, :numbers] = (values[:count, None] * right[:count]).view(-1, *by_colour.shape[2:])
+        return shares, answers
 
     def extra_repr(self) -> str:
         num_objects, condition_dim = self.conditions.shape

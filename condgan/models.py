@@ -128,8 +128,8 @@ class IterativeGenerator(PretrainedModel):
         self.correction = None
         if config.correction:
             sizes = len(self.vocabulary), config.condition_dim, config.image_size, config.light_inputs, config.places
-            curves = ANSWERS * len(set(self.vocabulary.shapes))
-            self.correction = FirstTurnCorrection(*sizes, config.window or config.image_size, curves)
+            answers = ANSWERS * len(set(self.vocabulary.shapes))
+            self.correction = FirstTurnCorrection(*sizes, config.window or config.image_size, answers)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what a scene takes most of its time for, each part when it is first used.

@@ -126,8 +126,7 @@ def test_corrected_first_turns_answer_to_the_light_as_real_ones_do() -> None:
     offsets = 0.1 * torch.randn(3, 3, 64, 64, generator=rng)
     for changed in (offsets, answers):  # the floor around an object is seen
         changed *= F.pad(torch.ones(24, 24), (20,) * 4)
-    slopes = torch.einsum("kcr,rlhw->klchw", shares, answers[:, :2]).flatten(1, 2)
-    wanted.set_(offsets, slopes, answers[:, 2:], shares)
+    wanted.set_(offsets, answers, shares)
     objects = torch.arange(3).repeat(150)
     scenes = [[teacher.vocabulary.names[i]] for i in objects.tolist()]
     pixels = to_uint8(draw_turns(teacher, scenes, range(len(scenes))).images)
@@ -140,8 +139,8 @@ def test_corrected_first_turns_answer_to_the_light_as_real_ones_do() -> None:
 
     right = error(known)
     assert right < 0.01, right
-    assert known.curves is not None
-    known.curves.zero_()
+    assert known.answers is not None
+    known.answers[:, 2:] = 0
     assert error(known) > 3 * right
 
 

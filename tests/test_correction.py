@@ -28,17 +28,16 @@ def test_each_object_gets_its_own_offset_whatever_the_length_of_the_condition() 
     torch.testing.assert_close(correction(torch.eye(3, 4) * torch.tensor([[1.0], [5.0], [9.0]])), correction.offsets)
 
 
-def test_light_adds_its_slopes_and_curves_in_the_middle() -> None:
-    correction = FirstTurnCorrection(3, 4, 8, light_inputs=2, slope_size=4, num_curves=2)
+def test_light_adds_its_answers_in_the_middle() -> None:
+    correction = FirstTurnCorrection(3, 4, 8, light_inputs=2, answer_size=4, num_answers=2)
     light = torch.tensor([[0.5, -2.0]]).expand(3, 2)
     assert correction(torch.eye(3, 4), light) is None, "a fresh one adds nothing"
-    offsets, slopes = torch.randn(3, 3, 8, 8), torch.randn(3, 6, 4, 4)
-    curves, shares = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 2)
+    offsets, answers, shares = torch.randn(3, 3, 8, 8), torch.randn(2, 5, 4, 4), torch.randn(3, 3, 2)
     correction.conditions.copy_(torch.eye(3, 4))
-    correction.set_(offsets, slopes, curves, shares)
-    bent = (0.5**2 - 1) * curves[:, 0] + 0.5 * -2.0 * curves[:, 1] + ((-2.0) ** 2 - 1) * curves[:, 2]
+    correction.set_(offsets, answers, shares)
+    known = torch.tensor([0.5, -2.0, 0.5**2 - 1, 0.5 * -2.0, (-2.0) ** 2 - 1])
     expected = offsets.clone()
-    expected[:, :, 2:6, 2:6] += 0.5 * slopes[:, :3] - 2.0 * slopes[:, 3:] + torch.einsum("kcr,rhw->kchw", shares, bent)
+    expected[:, :, 2:6, 2:6] += torch.einsum("kcr,f,rfhw->kchw", shares, known, answers)
     torch.testing.assert_close(correction(torch.eye(3, 4), light), expected)
     correction.clear_()
     assert not correction(torch.eye(3, 4), light).any()
@@ -55,33 +54,33 @@ def test_products_have_mean_0_and_do_not_correlate() -> None:
 
 
 def test_the_place_beside_the_usual_one_counts_as_numbers_do() -> None:
-    correction = FirstTurnCorrection(2, 4, 8, light_inputs=1, places=True, slope_size=4, num_curves=2)
+    correction = FirstTurnCorrection(2, 4, 8, light_inputs=1, places=True, answer_size=4, num_answers=2)
     correction.conditions.copy_(torch.eye(2, 4))
     usual, spread = torch.tensor([[3.0, 4.0], [5.0, 2.0]]), torch.tensor([[0.5, 0.1], [0.2, 0.4]])
     correction.put_(usual, spread, reach=9.0)
     light, place = torch.tensor([[0.5], [1e6]]), usual + spread * torch.tensor([[2.0, -1.0], [0.5, 3.0]])
     numbers = torch.tensor([[0.5, 2.0, -1.0], [4.0, 0.5, 3.0]])  # no scene has such a light
     torch.testing.assert_close(correction.read(torch.tensor([0, 1]), light, place), numbers)
-    slopes, curves, shares = torch.randn(2, 9, 4, 4), torch.randn(2, 6, 4, 4), torch.randn(2, 3, 2)
-    correction.set_(torch.zeros(2, 3, 8, 8), slopes, curves, shares)
-    expected = torch.einsum("nl,nlchw->nchw", numbers, slopes.unflatten(1, (3, 3)))
-    expected += torch.einsum("ncr,np,rphw->nchw", shares, products_of(numbers), curves)
+    answers, shares = torch.randn(2, 9, 4, 4), torch.randn(2, 3, 2)
+    correction.set_(torch.zeros(2, 3, 8, 8), answers, shares)
+    known = torch.cat((numbers, products_of(numbers)), 1)
+    expected = torch.einsum("ncr,nf,rfhw->nchw", shares, known, answers)
     drawn = correction(torch.eye(2, 4), light, place)
     assert drawn is not None
     torch.testing.assert_close(drawn[:, :, 2:6, 2:6], expected)
     assert not drawn[:, :, :2].any()
 
 
-def test_a_checkpoint_of_before_there_were_curves_draws_as_it_did() -> None:
-    correction = FirstTurnCorrection(3, 4, 8, light_inputs=2, slope_size=4, num_curves=2)
-    correction.conditions.copy_(torch.eye(3, 4))
-    correction.set_(torch.randn(3, 3, 8, 8), torch.randn(3, 6, 4, 4), torch.zeros(2, 3, 4, 4), torch.zeros(3, 3, 2))
-    old = {name: value for name, value in correction.state_dict().items() if name not in ("curves", "shares")}
-    other = FirstTurnCorrection(3, 4, 8, light_inputs=2, slope_size=4, num_curves=2)
-    other.set_(torch.ones(3, 3, 8, 8), torch.ones(3, 6, 4, 4), torch.ones(2, 3, 4, 4), torch.ones(3, 3, 2))
-    other.load_state_dict(old)
+def test_a_checkpoint_of_before_answers_were_shared_draws_as_it_did_where_they_can_be() -> None:
+    correction = FirstTurnCorrection(3, 4, 8, light_inputs=2, places=True, answer_size=4, num_answers=2)
+    shares, answers = torch.randn(3, 3, 2), torch.randn(2, 2, 4, 4)
+    slopes = torch.einsum("kcr,rlhw->klchw", shares, answers)  # (K, L, 3, h, w)
+    old = {"conditions": torch.eye(3, 4), "offsets": torch.randn(3, 3, 8, 8), "slopes": slopes.flatten(1, 2)}
+    correction.load_state_dict(old)
     light = torch.randn(3, 2)
-    torch.testing.assert_close(other(torch.eye(3, 4), light), correction(torch.eye(3, 4), light))
+    expected = old["offsets"].clone()
+    expected[:, :, 2:6, 2:6] += torch.einsum("kl,klchw->kchw", light, slopes)
+    torch.testing.assert_close(correction(torch.eye(3, 4), light, torch.randn(3, 2)), expected)
 
 
 def test_conditions_unlike_those_of_first_turns_get_nothing() -> None:
