@@ -36,6 +36,6 @@ def test_a_compiled_generator_draws_the_same_scenes_and_is_compiled_once(compile
     compiled.add(drawn.image, ["blue cube"], at=[(20, 30)], seed=3)
     assert len([*compiled.stream(SCENES[2], seed=3)]) == 3
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs == 3, "empty scene, place and turn: each once for all turns and scenes"
+    assert graphs == 4, "empty scene, light, place and turn: each once for all turns and scenes"
     packed = torch._dynamo.utils.counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"]
     assert packed > 0, "weights are constants"
