@@ -406,9 +406,7 @@ def correct_first_turns(
             else:
                 code = noise_encoder(before, after, place)
                 drawn = generator.synthesis(code, correction.conditions[chosen], canvas, place)
-            known = canvas.new_zeros(len(rows), 0)
-            if numbers:
-                known = correction.read(chosen, generator.read_light(canvas), place)
+            known = correction.read(chosen, generator.read_light(canvas), place)
             change, error = after - before, after - before - drawn + canvas
             changes.add(known, change, kinds[chosen])
             errors.add(torch.cat((known, products_of(known)), 1), error, kinds[chosen])

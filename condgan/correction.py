@@ -107,8 +107,8 @@ class FirstTurnCorrection(nn.Module):
         if can_look and not share.any():
             return None
         offset = self.offsets[nearest]
-        if self.answers is not None and self.shares is not None:
-            numbers = self.read(nearest, light, place).to(offset.dtype)
+        numbers = self.read(nearest, light, place).to(offset.dtype)
+        if self.answers is not None and self.shares is not None and numbers.shape[1] == self.num_inputs:
             known = torch.cat((numbers, products_of(numbers)), 1)
             answers = (known @ self.answers.flatten(2)).transpose(0, 1)  # (N, C, h w)
             answer = (self.shares[nearest] @ answers).unflatten(2, self.answers.shape[2:])
@@ -118,7 +118,9 @@ class FirstTurnCorrection(nn.Module):
 
     def read(self, objects: Tensor, light: Tensor | None, place: Tensor | None) -> Tensor:
         """The numbers (N, L) that first turns answer to: the light, and the place beside the usual one of an object."""
-        read = [] if light is None else [light]
+        read = [self.places.new_zeros(len(objects), 0)]
+        if light is not None:
+            read.append(light)
         if place is not None:
             read.append((place - self.places[objects]) / self.spread[objects])
         return torch.cat(read, 1).clamp(-FURTHEST, FURTHEST)

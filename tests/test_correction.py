@@ -39,6 +39,7 @@ def test_light_adds_its_answers_in_the_middle() -> None:
     expected = offsets.clone()
     expected[:, :, 2:6, 2:6] += torch.einsum("kcr,f,rfhw->kchw", shares, known, answers)
     torch.testing.assert_close(correction(torch.eye(3, 4), light), expected)
+    torch.testing.assert_close(correction(torch.eye(3, 4)), offsets)
     correction.clear_()
     assert not correction(torch.eye(3, 4), light).any()
 
