@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condgan.derived import Derived
+
 ANSWERS = 2
 """Pictures in which objects of one shape answer to the light: what they cover and shade, and how they shine."""
 FURTHEST = 4.0
@@ -31,6 +33,11 @@ def products_of(numbers: Tensor) -> Tensor:
 def middle_of(image_size: int, size: int) -> slice:
     """Rows, or columns, of the square of this size in the middle of a picture."""
     return slice((image_size - size) // 2, (image_size + size) // 2)
+
+
+def _directions(conditions: Tensor) -> Tensor:
+    """Of conditions (K, D), (D, K) of length 1."""
+    return F.normalize(conditions).T
 
 
 class FirstTurnCorrection(nn.Module):
@@ -95,15 +102,18 @@ class FirstTurnCorrection(nn.Module):
         self.register_buffer("spread", torch.ones(num_objects, 2))
         self.everywhere = 2.0 * image_size  # a reach that no place is beyond
         self.register_buffer("reach", torch.full((num_objects,), self.everywhere))  # so far from there it is added
+        self._directions = Derived(_directions)
 
     def forward(self, condition: Tensor, light: Tensor | None = None, place: Tensor | None = None) -> Tensor | None:
-        likeness = F.normalize(condition.detach()) @ F.normalize(self.conditions).T  # (N, K)
+        can_look = condition.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would be waited for
+        likeness = F.normalize(condition.detach()) @ self._directions(self.conditions)  # (N, K)
         likeness, nearest = likeness.max(1)
+        if can_look and not (likeness > LEAST_LIKENESS).any():
+            return None
         share = F.relu((likeness - LEAST_LIKENESS) / (1 - LEAST_LIKENESS))
         if place is not None:
             beyond = (place - self.places[nearest]).norm(dim=1) - self.reach[nearest]
             share = share * (1 - beyond).clamp(0, 1)  # none a pixel further away
-        can_look = share.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would have to be waited for
         if can_look and not share.any():
             return None
         offset = self.offsets[nearest]

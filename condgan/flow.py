@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from condgan.derived import Derived
 
 MAX_LOG_SCALE = 3.0
 """Each coupling of :class:`ConditionalFlow` stretches a number by at most exp(3)."""
+MAX_SCALE = math.exp(MAX_LOG_SCALE)
 FRESH_BOUND = 100.0
 """A fresh flow changes no number within this distance of 0."""
 STEPS = 8
@@ -81,20 +83,19 @@ class ContinuousFlow(nn.Module):
         self.register_buffer("spread", torch.ones(dim))
         self.register_buffer("low", torch.full((dim,), -FRESH_BOUND))
         self.register_buffer("high", torch.full((dim,), FRESH_BOUND))
+        self._route = Derived(_route)
 
     def forward(self, noise: Tensor) -> Tensor:
         return ((self._arrive(noise) - self.centre) / self.spread).clamp(self.low, self.high)
 
     def _arrive(self, noise: Tensor) -> Tensor:
         """Where the velocity carries the noise (N, K) to."""
-        weights = self._weights()
-        times = torch.arange(2 * STEPS, device=noise.device, dtype=noise.dtype) / (2 * STEPS)
-        told = _told(times[:, None], weights)
+        told, layers = self._route(*self._weights().values())
         step = math.pi / 2 / STEPS
         x = noise
         for start, middle in zip(told[::2], told[1::2], strict=True):
-            halfway = torch.add(x, _velocity(x, start, weights), alpha=step / 2)
-            x = torch.add(x, _velocity(halfway, middle, weights), alpha=step)
+            halfway = torch.add(x, _velocity(x, start, layers), alpha=step / 2)
+            x = torch.add(x, _velocity(halfway, middle, layers), alpha=step)
         return x
 
     def extra_repr(self) -> str:
@@ -179,7 +180,8 @@ class ContinuousFlow(nn.Module):
     def _errors(weights: dict[str, Tensor], x: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         angle = time * (math.pi / 2)
         sin, cos = angle.sin(), angle.cos()
-        velocity = _velocity(cos * noise + sin * x, _told(time, weights), weights)
+        told = _told(time, weights["time1"], weights["bias1"])
+        velocity = _velocity(cos * noise + sin * x, told, _layers(*weights.values()))
         return (velocity - (cos * x - sin * noise)).square().mean(1)
 
 
@@ -189,18 +191,31 @@ def _journeys(x: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     return noise.to(x), time.to(x)
 
 
-def _told(time: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def _told(time: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What the first layer makes of the time (N, 1): (N, hidden)."""
     phase = time * (math.pi * torch.arange(1, FREQUENCIES + 1, device=time.device))
-    return F.linear(torch.cat((phase.sin(), phase.cos()), 1).to(time.dtype), weights["time1"], weights["bias1"])
+    return F.linear(torch.cat((phase.sin(), phase.cos()), 1).to(time.dtype), weight, bias)
 
 
-def _velocity(x: Tensor, told: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def _layers(weight1: Tensor, _time1: Tensor, _bias1: Tensor, *others: Tensor) -> list[Tensor]:
+    """Weights, transposed, and biases of the network in the order of use, without what tells it the time."""
+    return [x.T if x.ndim == 2 else x for x in (weight1, *others)]
+
+
+def _route(*weights: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """For drawing: what the network is told of the time at each of its looks, and its layers."""
+    _, time1, bias1, *_ = weights
+    times = torch.arange(2 * STEPS, device=bias1.device, dtype=bias1.dtype) / (2 * STEPS)
+    return _told(times[:, None], time1, bias1).unbind(), _layers(*weights)
+
+
+def _velocity(x: Tensor, told: Tensor, layers: Sequence[Tensor]) -> Tensor:
     """What the network says of vectors (N, K) and of what it was told of the time, (N, hidden) or (hidden,)."""
-    h = F.silu(F.linear(x, weights["weight1"]) + told)
-    h = h + F.silu(F.linear(h, weights["weight2"], weights["bias2"]))
-    h = h + F.silu(F.linear(h, weights["weight3"], weights["bias3"]))
-    return F.linear(h, weights["weight4"], weights["bias4"])
+    weight1, weight2, bias2, weight3, bias3, weight4, bias4 = layers
+    h = F.silu(torch.addmm(told, x, weight1))
+    h = h + F.silu(torch.addmm(bias2, h, weight2))
+    h = h + F.silu(torch.addmm(bias3, h, weight3))
+    return torch.addmm(bias4, h, weight4)
 
 
 class ConditionalFlow(nn.Module):
@@ -250,8 +265,8 @@ class ConditionalFlow(nn.Module):
         ):
             h = F.silu(torch.addmm(told, x, weight1))
             h = F.silu(torch.addmm(bias2, h, weight2))
-            mean, log_scale = torch.addmm(bias3, h, weight3).chunk(2, 1)
-            x = torch.addcmul(mean, x, _bounded(log_scale).exp())
+            mean, third = torch.addmm(bias3, h, weight3).chunk(2, 1)
+            x = torch.addcmul(mean, x, torch.pow(MAX_SCALE, third.tanh()))
         return x
 
     def log_prob(self, x: Tensor, context: Tensor) -> Tensor:
@@ -285,7 +300,7 @@ class _DrawingPlan(NamedTuple):
     """Linear map of the context to what it says to the first layers of all couplings."""
     couplings: list[tuple[Tensor, ...]]
     """In the order of drawing: transposed weight of the first layer, weights and biases of the others. What must not be
-    read and what must not change is masked in them."""
+    read and what must not change is masked in them, and log-scales come divided by their bound."""
 
 
 def _drawing_plan(kept: Tensor, *weights: Tensor) -> _DrawingPlan:
@@ -296,7 +311,8 @@ def _drawing_plan(kept: Tensor, *weights: Tensor) -> _DrawingPlan:
     for keep, number in reversed([*zip(kept, range(0, len(weights), 6), strict=True)]):
         weight1, bias1, weight2, bias2, weight3, bias3 = weights[number : number + 6]
         read.append(torch.cat((weight1[:, dim:], bias1[:, None]), 1))
-        changed = ~keep.repeat(2)
+        changed = (~keep).to(weight3)
+        changed = torch.cat((changed, changed / MAX_LOG_SCALE))
         own = weight1[:, :dim].T * keep[:, None], weight2.T, bias2, weight3.T * changed, bias3 * changed
         couplings.append(own)
     both = torch.cat(read)

@@ -28,12 +28,17 @@ same: rounding brings them one apart."""
 
 def to_uint8(images: Tensor) -> Tensor:
     """Float in [-1, 1] to uint8, any shape, rounded; values outside are clipped."""
-    return ((images.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return _levels(images).to(torch.uint8)
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1], any shape; the inverse of :func:`to_uint8`."""
+    """uint8, or whole levels of another type, to float32 in [-1, 1], any shape; the inverse of :func:`to_uint8`."""
     return pixels.float() / 127.5 - 1
+
+
+def _levels(images: Tensor) -> Tensor:
+    """Float in [-1, 1] to the nearest of the levels 0 to 255, float32."""
+    return ((images.float() + 1) * 127.5).round_().clamp_(0, 255)
 
 
 def estimate_rest(images: Tensor, uniform: Tensor) -> Tensor:
@@ -87,7 +92,7 @@ def render_anew(images: Tensor, rest: Tensor, uniform: Tensor) -> Tensor:
 
 def round_levels(images: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures in [-1, 1], any shape, at the nearest of 256 levels; and what that takes, half a level at most."""
-    rounded = from_uint8(to_uint8(images))
+    rounded = from_uint8(_levels(images))
     return rounded, (images - rounded).clamp(-LEVEL / 2, LEVEL / 2)  # more only beyond black and white
 
 

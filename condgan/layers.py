@@ -80,8 +80,9 @@ class ConditionalBatchNorm2d(nn.Module):
         if self.bn.training or mean is None or variance is None:
             scale, shift = self.fc(condition)[:, :, None, None].chunk(2, dim=1)  # (N, C, 1, 1) each
             return torch.addcmul(shift, self.bn(x), 1 + scale)
-        affine = F.linear(condition, *self._folded(self.fc.weight, self.fc.bias, mean, variance))
-        scale, shift = affine.to(x.dtype)[:, :, None, None].chunk(2, dim=1)
+        weight, bias = self._folded(self.fc.weight, self.fc.bias, mean, variance)
+        affine = torch.addmm(bias, condition, weight).to(x.dtype)
+        scale, shift = affine.view(len(x), 2, self.bn.num_features, 1, 1).unbind(1)
         return torch.addcmul(shift, x, scale)
 
     def extra_repr(self) -> str:
@@ -91,13 +92,13 @@ class ConditionalBatchNorm2d(nn.Module):
 def _folded(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The linear map that predicts one scale and shift for both norms: of (x - mean) / std * (1 + scale) + shift.
 
-    ``weight`` (2C, D) and ``bias`` (2C,) are those of the conditional norm.
+    ``weight`` (2C, D) and ``bias`` (2C,) are those of the conditional norm; the result's are (D, 2C) and (2C,).
     """
     inverse = torch.rsqrt(variance + eps)
     (scale, shift), (scale_bias, shift_bias) = weight.chunk(2), bias.chunk(2)
     scale, scale_bias = inverse[:, None] * scale, inverse * (1 + scale_bias)
     shift, shift_bias = shift - mean[:, None] * scale, shift_bias - mean * scale_bias
-    return torch.cat((scale, shift)), torch.cat((scale_bias, shift_bias))
+    return torch.cat((scale, shift)).T, torch.cat((scale_bias, shift_bias))
 
 
 def enlarging_weight(weight: Tensor) -> Tensor:

@@ -26,26 +26,29 @@ class _Equations(NamedTuple):
 
     basis: Tensor
     """(K, 3 P): the components."""
+    by_square: Tensor
+    """(3 P, K): the same, transposed."""
     products: Tensor
     """(P, K * K): of every two components, in each square."""
     ridge: Tensor
-    """(K, K): what their sums over squares get added."""
-    usual: Tensor
-    """(3, P): variance of each colour."""
+    """(K * K,): what their sums over squares get added."""
+    far: Tensor
+    """(3, P): the most that the square of a colour of an empty scene is."""
 
     @classmethod
     def of(cls, components: Tensor) -> _Equations:
         """Of components (K, 3, h, w)."""
         components = components.float().flatten(2)
         products = (components[:, None] * components).sum(2).flatten(0, 1).T
-        ridge = NOISE_VARIANCE * torch.eye(len(components), device=components.device)
-        return cls(components.flatten(1), products, ridge, components.square().sum(0))
+        ridge = NOISE_VARIANCE * torch.eye(len(components), device=components.device).flatten()
+        basis = components.flatten(1)
+        return cls(basis, basis.T.contiguous(), products, ridge, FAR**2 * components.square().sum(0))
 
     def solve(self, squares: Tensor, free: Tensor) -> Tensor:
         """How much of each component (N, K) squares (N, 3, P) have, from those that are ``free`` (N, P)."""
-        weight = free.float()
-        normal = (weight @ self.products).view(-1, *self.ridge.shape) + self.ridge
-        seen = (weight[:, None] * squares).flatten(1) @ self.basis.T
+        weight, count = free.float(), len(self.basis)
+        normal = torch.addmm(self.ridge, weight, self.products).view(-1, count, count)
+        seen = (weight[:, None] * squares).flatten(1) @ self.by_square
         return torch.linalg.solve_ex(normal, seen[:, :, None]).result[:, :, 0]  # always well conditioned
 
 
@@ -81,9 +84,9 @@ class SceneLight(nn.Module):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):
-            squares = (F.adaptive_avg_pool2d(image.float(), SQUARES) - self.mean.float()).flatten(2)  # (N, 3, P)
+            squares = (F.adaptive_avg_pool2d(image.float(), SQUARES) - self.mean.float()).flatten(2).contiguous()
             equations = self._equations(self.components)
-            free = (squares.square() < FAR**2 * equations.usual).all(1)  # (N, P)
+            free = (squares.square() < equations.far).all(1)  # (N, P)
             light = equations.solve(squares, free)
             for _ in range(ROUNDS - 1):
                 unexplained = squares - (light @ equations.basis).view_as(squares)

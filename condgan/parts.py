@@ -190,7 +190,8 @@ class PlaceModel(nn.Module):
         cell = torch.searchsorted(total, uniform[:, :1].double() * total[:, -1:], right=True)
         cell = cell.clamp(max=total.shape[1] - 1)
         corner = torch.cat((cell % logits.shape[-1], cell // logits.shape[-1]), 1)
-        peak, scale = (x[:, :, 0, 0].float() for x in self._peaks(self._of_cell(x, cell[:, 0])[:, :, None, None]))
+        features = self._of_cell(x, cell[:, 0])
+        peak, scale = self._peaks(F.linear(features, self.in_cell.weight.flatten(1), self.in_cell.bias).float())
         low, high = _edges(peak, scale)
         point = peak + scale * torch.lerp(low, high, uniform[:, 1:]).logit()  # the inverse of the distribution function
         point = point.clamp(0, 1)
@@ -206,7 +207,7 @@ class PlaceModel(nn.Module):
             the peaks and the scales, (N, 2, H / 2, W / 2) each.
         """
         x = self._read(image, condition, light)
-        return self._logits(x), *self._peaks(x)
+        return self._logits(x), *self._peaks(self.in_cell(x))
 
     def _read(self, image: Tensor, condition: Tensor, light: Tensor | None) -> Tensor:
         """Features (N, channels, H / 2, W / 2) of every cell."""
@@ -221,9 +222,10 @@ class PlaceModel(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         return self.conv5(x)[:, 0] + self.prior
 
-    def _peaks(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Peaks and scales, (N, 2, h, w) each, of cells with features (N, channels, h, w)."""
-        peak, scale = self.in_cell(x).chunk(2, 1)
+    @staticmethod
+    def _peaks(in_cell: Tensor) -> tuple[Tensor, Tensor]:
+        """Peaks and scales, (N, 2, ...) each, of what the network says of cells, (N, 4, ...)."""
+        peak, scale = in_cell.chunk(2, 1)
         return peak.sigmoid(), F.softplus(scale) + LEAST_SCALE
 
     def loss(self, image: Tensor, condition: Tensor, place: Tensor, light: Tensor | None = None) -> Tensor:

@@ -564,6 +564,29 @@ def test_pasting_is_the_reverse_of_cropping() -> None:
     assert torch.equal(paste(images, crop(images, corners, 4), corners), images)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_single_picture_is_cut_and_pasted_as_in_a_batch(dtype: torch.dtype) -> None:
+    images, patches, corners = patches_to_paste(dtype)
+    cut, pasted = crop(images, corners, 4), paste(images, patches, corners)
+    for i in range(len(images)):
+        one = images[i : i + 1]
+        before, part = one.clone(), crop(one, corners[i : i + 1], 4)
+        assert torch.equal(part, cut[i : i + 1])
+        assert torch.equal(paste(one, patches[i : i + 1], corners[i : i + 1]), pasted[i : i + 1])
+        part.zero_()  # a copy
+        assert torch.equal(one, before)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_squares_beyond_the_picture_are_refused(n: int) -> None:
+    images, patches = torch.zeros(n, 3, 9, 9), torch.zeros(n, 3, 4, 4)
+    corners = torch.tensor([[0, 0], [6, 2]])[-n:]
+    with pytest.raises((IndexError, RuntimeError)):
+        crop(images, corners, 4)
+    with pytest.raises((IndexError, RuntimeError)):
+        paste(images, patches, corners)
+
+
 def test_pasting_works_on_views_and_on_pictures_stored_channels_last() -> None:
     images, patches, corners = patches_to_paste()
     expected = paste(images, patches, corners)
