@@ -26,8 +26,8 @@ PACKAGE = ROOT / "condgan"
 
 # Imports go one way: a module uses only modules of the groups above its own.
 GROUPS = (
-    ("vocab", "derived", "losses", "hub", "images", "ranks", "correction", "precision"),
-    ("layers", "flow", "light", "configs"),
+    ("vocab", "derived", "losses", "hub", "images", "ranks", "precision"),
+    ("layers", "flow", "light", "configs", "correction"),
     ("functional", "requests"),
     ("canvas", "classifier", "counter"),
     ("results",),
