@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import sys
@@ -356,10 +355,10 @@ def correct_first_turns(
 
     Draws the first turns of real scenes once more, in their own light, at their own places and with their own codes, so
     that a cube is turned as the real one is and what is left is error. It is explained by the object and, for models
-    that know them, by the light and the place: linearly, and by products of two of these numbers. They are many and
-    there are few pictures of each object, so objects of one shape share their answers: two pictures for each number and
-    each product (:data:`condgan.correction.ANSWERS`), mixed for every object and colour as the linear answers of the
-    real turns are, by their first principal components.
+    that know them, by the light, the place and the code: linearly, and by products of two of these numbers. They are
+    many and there are few pictures of each object, so objects of one shape share their answers: two pictures for each
+    number and each product (:data:`condgan.correction.ANSWERS`), mixed for every object and colour as the linear
+    answers of the real turns are, by their first principal components.
 
     Args:
         generator: changed in place, with ``config.correction``. Its batch norms must be final: see :func:`recalibrate`.
@@ -381,40 +380,50 @@ def correct_first_turns(
     kinds = torch.eye(count, device=device)
     correction.conditions.copy_(generator.encoder(kinds)[0])
     correction.clear_()
-    places = places_of_turns(pixels)[:, 0].to(device)
-    if generator.place_model is not None:  # the mean of no places is NaN
-        by_kind = [places[objects.to(device) == kind] for kind in range(count)]
-        usual = torch.stack([x.mean(0) for x in by_kind])
-        spread = torch.stack([(x - mean).square().mean(0).sqrt() for x, mean in zip(by_kind, usual, strict=True)])
-        correction.put_(usual, spread, FIRST_REACH)
+    places, kind = places_of_turns(pixels)[:, 0].to(device), objects.to(device)
+    if generator.place_model is not None:
+        correction.put_(*_by_kind(places, kind, count), FIRST_REACH)
+    codes = None
+    if noise_encoder is not None:
+        where = None if generator.place_model is None else places[:, None]
+        codes = code_turns(generator, noise_encoder, pixels, objects[:, None], where).codes
+        if generator.mapping is not None:
+            correction.turn_(*_by_kind(codes, kind, count))
     changes = _Sums(count, numbers, generator.image_size, device)
     errors = _Sums(count, numbers + numbers * (numbers + 1) // 2, generator.image_size, device)
     noise = torch.Generator().manual_seed(0)
     with (
         evaluating(generator),
-        contextlib.nullcontext() if noise_encoder is None else evaluating(noise_encoder),
         tqdm(total=len(pixels), desc="first turns", unit="img", file=sys.stderr, disable=not progress) as bar,
     ):
-        for rows in torch.arange(len(pixels)).split(BATCH_SIZE):
-            before, after = from_uint8(pixels[rows].to(device)).unbind(1)
-            canvas = from_uint8(_empty_scenes(generator, pixels[rows, 1], noise).to(device))
-            chosen = objects[rows].to(device)
-            place = None if generator.place_model is None else places[rows.to(device)]
-            if noise_encoder is None:
-                z = torch.randn(len(rows), generator.z_dim, generator=noise).to(device)
-                drawn = generator(z, correction.conditions[chosen], canvas, place)
+        for rows in torch.arange(len(pixels), device=device).split(BATCH_SIZE):
+            change = from_uint8(pixels[rows.to(pixels.device)].to(device)).diff(dim=1)[:, 0]
+            after = pixels[rows.to(pixels.device), 1]
+            canvas = from_uint8(_empty_scenes(generator, after, noise).to(device))
+            light, condition = generator.read_light(canvas), correction.conditions[kind[rows]]
+            place = None if generator.place_model is None else places[rows]
+            if codes is not None:
+                code = codes[rows]
             else:
-                code = noise_encoder(before, after, place)
-                drawn = generator.synthesis(code, correction.conditions[chosen], canvas, place)
-            known = correction.read(chosen, generator.read_light(canvas), place)
-            change, error = after - before, after - before - drawn + canvas
-            changes.add(known, change, kinds[chosen])
-            errors.add(torch.cat((known, products_of(known)), 1), error, kinds[chosen])
+                code = torch.randn(len(rows), generator.z_dim, generator=noise).to(device)
+                if generator.mapping is not None:
+                    code = generator.mapping(code, condition, place, light)
+            drawn = generator.synthesis(code, condition, canvas, place)
+            known = correction.read(kind[rows], light, place, code)
+            changes.add(known, change, kinds[kind[rows]])
+            errors.add(torch.cat((known, products_of(known)), 1), change - drawn + canvas, kinds[kind[rows]])
             bar.update(len(rows))
-    if correction.answers is None:
+    if correction.responses is None:
         correction.offsets.copy_(errors.means())
     else:
-        correction.set_(*_explain(changes, errors, generator.vocabulary.shapes, correction.answers.shape[-1]))
+        correction.set_(*_explain(changes, errors, generator.vocabulary.shapes, correction.responses.shape[-1]))
+
+
+def _by_kind(values: Tensor, kind: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (K, D) of values (S, D) of each kind (S,); NaN of those that there are none of."""
+    groups = [values[kind == number] for number in range(count)]
+    means = torch.stack([group.mean(0) for group in groups])
+    return means, torch.stack([(x - m).square().mean(0).sqrt() for x, m in zip(groups, means, strict=True)])
 
 
 def _explain(changes: _Sums, errors: _Sums, shapes: Sequence[str], size: int) -> tuple[Tensor, Tensor, Tensor]:

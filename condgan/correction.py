@@ -1,4 +1,4 @@
-"""What the first turns of a generator have wrong on average in each light, measured once and taken off."""
+"""What first turns have wrong on average in each light and pose, measured once and taken off."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 from condgan.derived import Derived
 
+EDGE = 4
+"""Pixels at each side of a turn's window that answer to nothing: in the shipped model they had 0.1 % of the answers'
+squares."""
 ANSWERS = 2
 """Pictures in which objects of one shape answer to the light: what they cover and shade, and how they shine."""
 FURTHEST = 4.0
 """Numbers further from 0 count as this: no scene has them, but a photo may."""
 LEAST_SPREAD = 0.01
 """Pixels."""
+LEAST_CODE_SPREAD = 0.1
+"""Of codes, whose numbers have a variance of 1 over all turns."""
 LEAST_LIKENESS = 0.9
 """Cosine between a condition and that of a first turn below which nothing is added. In the shipped model those of later
 turns stay below 0.85."""
@@ -35,6 +40,14 @@ def middle_of(image_size: int, size: int) -> slice:
     return slice((image_size - size) // 2, (image_size + size) // 2)
 
 
+def _take_known(usual: Tensor, spread: Tensor, new_usual: Tensor, new_spread: Tensor, least: float) -> Tensor:
+    """Take over rows (K, D) without NaN and hand out which (K,) these are; a spread is at least ``least``."""
+    known = new_usual.isfinite().all(1) & new_spread.isfinite().all(1)
+    usual[known] = new_usual[known].to(usual)
+    spread[known] = new_spread[known].clamp(min=least).to(spread)
+    return known
+
+
 def _directions(conditions: Tensor) -> Tensor:
     """Of conditions (K, D), (D, K) of length 1."""
     return F.normalize(conditions).T
@@ -46,11 +59,12 @@ class FirstTurnCorrection(nn.Module):
     In i-CLEVR a first object always stands at the same pixels. There an error that all pictures of an object share
     gives away every one of them, though it is a single grey level: whoever looks at many sees the mean. Convolutions
     share their weights among all pixels, and adversarial training leaves such an error behind. The same holds for how
-    an object answers to the light, and to the parts of a pixel by which its place differs from the usual one, as the
-    camera moves. So all three are measured after training (:func:`condgan.calibration.correct_first_turns`): an offset
-    for each object, and in a square at the middle answers to each of these numbers and to each product of two of them,
-    which objects and colours share. A first turn is known by its condition, which depends on the object
-    only, and by its place; to other turns, and to objects that are put elsewhere, nothing is added.
+    an object answers to the light, to the parts of a pixel by which its place differs from the usual one, as the
+    camera moves, and to the code that says how it is turned. So all of it is measured after training
+    (:func:`condgan.calibration.correct_first_turns`): an offset for each object, and in a square at the middle answers
+    to each of these numbers and to each product of two of them, which objects and colours share. A first turn is known
+    by its condition, which depends on the object only, and by its place; to other turns, and to objects that are put
+    elsewhere, nothing is added.
 
     All weights are buffers: the optimizer of a larger model leaves them alone. A fresh correction adds nothing.
 
@@ -59,7 +73,8 @@ class FirstTurnCorrection(nn.Module):
         condition_dim: length D of the condition.
         image_size: side of the pictures in pixels.
         light_inputs: numbers that say how a scene is lit.
-        places: whether the place is known. The light and x and y are L numbers.
+        places: whether the place is known.
+        code_inputs: length of the code. It, the light and x and y are L numbers.
         answer_size: side in pixels of the square with answers.
         num_answers: how many pictures C there are for each number and product, for objects and colours to share.
 
@@ -67,6 +82,7 @@ class FirstTurnCorrection(nn.Module):
         condition: (N, D); no gradient flows back to it.
         light: (N, light_inputs), or None without light.
         place: (N, 2) in pixels (x, y), or None for models that do not know it.
+        code: (N, code_inputs), or None for models whose codes are plain noise; no gradient flows back to it.
         output: (N, 3, H, W), to be added to pictures in [-1, 1]; or None, on a CPU, where no turn is a first one.
 
     Source: matching the means of real and drawn pictures is the feature matching of Salimans et al. 2016,
@@ -75,10 +91,12 @@ class FirstTurnCorrection(nn.Module):
 
     conditions: Tensor
     offsets: Tensor
-    answers: Tensor | None
+    responses: Tensor | None
     shares: Tensor | None
     places: Tensor
     spread: Tensor
+    codes: Tensor | None
+    code_spread: Tensor | None
     reach: Tensor
 
     def __init__(
@@ -88,23 +106,34 @@ class FirstTurnCorrection(nn.Module):
         image_size: int,
         light_inputs: int = 0,
         places: bool = False,
+        code_inputs: int = 0,
         answer_size: int = 0,
         num_answers: int = 0,
     ) -> None:
         super().__init__()
         self.register_buffer("conditions", torch.zeros(num_objects, condition_dim))
         self.register_buffer("offsets", torch.zeros(num_objects, 3, image_size, image_size))
-        self.num_inputs = numbers = light_inputs + 2 * places
-        answers = torch.zeros(num_answers, numbers + numbers * (numbers + 1) // 2, answer_size, answer_size)
-        self.register_buffer("answers", answers if numbers else None)  # of rank 4, or a module cannot be channels_last
+        self.num_inputs = numbers = light_inputs + 2 * places + code_inputs
+        responses = torch.zeros(num_answers, numbers + numbers * (numbers + 1) // 2, answer_size, answer_size)
+        self.register_buffer(
+            "responses", responses if numbers else None
+        )  # of rank 4, or a module cannot be channels_last
         self.register_buffer("shares", torch.zeros(num_objects, 3, num_answers) if numbers else None)
         self.register_buffer("places", torch.zeros(num_objects, 2))
         self.register_buffer("spread", torch.ones(num_objects, 2))
+        self.register_buffer("codes", torch.zeros(num_objects, code_inputs) if code_inputs else None)
+        self.register_buffer("code_spread", torch.ones(num_objects, code_inputs) if code_inputs else None)
         self.everywhere = 2.0 * image_size  # a reach that no place is beyond
         self.register_buffer("reach", torch.full((num_objects,), self.everywhere))  # so far from there it is added
         self._directions = Derived(_directions)
 
-    def forward(self, condition: Tensor, light: Tensor | None = None, place: Tensor | None = None) -> Tensor | None:
+    def forward(
+        self,
+        condition: Tensor,
+        light: Tensor | None = None,
+        place: Tensor | None = None,
+        code: Tensor | None = None,
+    ) -> Tensor | None:
         can_look = condition.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would be waited for
         likeness = F.normalize(condition.detach()) @ self._directions(self.conditions)  # (N, K)
         likeness, nearest = likeness.max(1)
@@ -117,43 +146,48 @@ class FirstTurnCorrection(nn.Module):
         if can_look and not share.any():
             return None
         offset = self.offsets[nearest]
-        numbers = self.read(nearest, light, place).to(offset.dtype)
-        if self.answers is not None and self.shares is not None and numbers.shape[1] == self.num_inputs:
+        numbers = self.read(nearest, light, place, code).to(offset.dtype)
+        if self.responses is not None and self.shares is not None and numbers.shape[1] == self.num_inputs:
             known = torch.cat((numbers, products_of(numbers)), 1)
-            answers = (known @ self.answers.flatten(2)).transpose(0, 1)  # (N, C, h w)
-            answer = (self.shares[nearest] @ answers).unflatten(2, self.answers.shape[2:])
+            responses = (known @ self.responses.flatten(2)).transpose(0, 1)  # (N, C, h w)
+            answer = (self.shares[nearest] @ responses).unflatten(2, self.responses.shape[2:])
             margin = (offset.shape[-1] - answer.shape[-1]) // 2
             offset = offset + F.pad(answer, (margin,) * 4)
         return share[:, None, None, None] * offset
 
-    def read(self, objects: Tensor, light: Tensor | None, place: Tensor | None) -> Tensor:
-        """The numbers (N, L) that first turns answer to: the light, and the place beside the usual one of an object."""
+    def read(self, objects: Tensor, light: Tensor | None, place: Tensor | None, code: Tensor | None = None) -> Tensor:
+        """The numbers (N, L) that first turns answer to.
+
+        The light; and the place and the code beside the usual ones of an object, in standard deviations.
+        """
         read = [self.places.new_zeros(len(objects), 0)]
         if light is not None:
             read.append(light)
         if place is not None:
             read.append((place - self.places[objects]) / self.spread[objects])
+        if code is not None and self.codes is not None and self.code_spread is not None:
+            read.append((code.detach() - self.codes[objects]) / self.code_spread[objects])
         return torch.cat(read, 1).clamp(-FURTHEST, FURTHEST)
 
     def clear_(self) -> None:
         """Add nothing any more."""
         self.offsets.zero_()
         self.reach.fill_(self.everywhere)
-        if self.answers is not None:
-            self.answers.zero_()
+        if self.responses is not None:
+            self.responses.zero_()
 
-    def set_(self, offsets: Tensor, answers: Tensor, shares: Tensor) -> None:
+    def set_(self, offsets: Tensor, responses: Tensor, shares: Tensor) -> None:
         """From now on add this, for models that know the light or the place.
 
         Args:
             offsets: (K, 3, H, W), for each object.
-            answers: (C, L + L (L + 1) / 2, h, w), to each number (see :meth:`read`) and each product of two
+            responses: (C, L + L (L + 1) / 2, h, w), to each number (see :meth:`read`) and each product of two
                 (:func:`products_of`), in the square at the middle.
             shares: (K, 3, C), how much of each there is in each colour of an object.
         """
-        assert self.answers is not None and self.shares is not None
+        assert self.responses is not None and self.shares is not None
         self.offsets.copy_(offsets)
-        self.answers.copy_(answers)
+        self.responses.copy_(responses)
         self.shares.copy_(shares)
 
     def put_(self, places: Tensor, spread: Tensor, reach: float) -> None:
@@ -161,34 +195,59 @@ class FirstTurnCorrection(nn.Module):
 
         NaN where an object's are not known.
         """
-        known = places.isfinite().all(1) & spread.isfinite().all(1)
-        self.places[known] = places[known]
-        self.spread[known] = spread[known].clamp(min=LEAST_SPREAD)
+        known = _take_known(self.places, self.spread, places, spread, LEAST_SPREAD)
         self.reach[known] = reach
 
+    def turn_(self, codes: Tensor, spread: Tensor) -> None:
+        """The usual codes of first turns (K, code_inputs), of standard deviation ``spread``; NaN where not known."""
+        assert self.codes is not None and self.code_spread is not None
+        _take_known(self.codes, self.code_spread, codes, spread, LEAST_CODE_SPREAD)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, fresh in (("places", 0.0), ("spread", 1.0), ("reach", self.everywhere)):
-            buffer = torch.full_like(self.get_buffer(name), fresh)
-            state_dict.setdefault(f"{prefix}{name}", buffer)  # checkpoints of before the places were known
-        if self.answers is not None and f"{prefix}slopes" in state_dict:
+        # checkpoints of before the places, or the codes, were known
+        for name, fresh in (("places", 0.0), ("spread", 1.0), ("codes", 0.0), ("code_spread", 1.0), ("reach", None)):
+            buffer = getattr(self, name)
+            if buffer is not None:
+                value = self.everywhere if fresh is None else fresh
+                state_dict.setdefault(f"{prefix}{name}", torch.full_like(buffer, value))
+        if f"{prefix}slopes" in state_dict:
             shared = self._share(state_dict.pop(f"{prefix}slopes"))
-            state_dict |= {f"{prefix}{name}": value for name, value in zip(("shares", "answers"), shared, strict=True)}
+            state_dict |= {f"{prefix}{name}": x for name, x in zip(("shares", "responses"), shared, strict=True)}
+        if f"{prefix}answers" in state_dict:
+            state_dict[f"{prefix}responses"] = self._without_code(state_dict.pop(f"{prefix}answers"))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _without_code(self, answers: Tensor) -> Tensor:
+        """Responses of a checkpoint of before codes were known: ``answers`` (C, F, h, w) to light and place only."""
+        assert self.responses is not None
+        numbers = self.num_inputs
+        before = numbers if self.codes is None else numbers - self.codes.shape[1]
+        _, columns = torch.triu_indices(numbers, numbers)  # of which the rows are not greater
+        known = torch.cat((torch.arange(numbers) < before, columns < before))
+        responses = torch.zeros_like(self.responses)
+        responses[:, known] = self._middle(answers).to(responses)
+        return responses
+
+    def _middle(self, pictures: Tensor) -> Tensor:
+        """What of pictures (..., h, w) lies in the square with answers."""
+        assert self.responses is not None
+        middle = middle_of(pictures.shape[-1], self.responses.shape[-1])
+        return pictures[..., middle, middle]
+
     def _share(self, slopes: Tensor) -> tuple[Tensor, Tensor]:
-        """Shares and answers of a checkpoint of before objects shared them, by the first principal components.
+        """Shares and responses of a checkpoint of before objects shared them, by the first principal components.
 
         Args:
             slopes: (K, 3 numbers, h, w), the answers to the light of each object by itself.
         """
-        assert self.answers is not None and self.shares is not None
-        shares, answers = torch.zeros_like(self.shares), torch.zeros_like(self.answers)
-        by_colour = slopes.unflatten(1, (-1, 3)).transpose(1, 2).float()  # (K, 3, numbers, h, w)
+        assert self.responses is not None and self.shares is not None
+        shares, responses = torch.zeros_like(self.shares), torch.zeros_like(self.responses)
+        by_colour = self._middle(slopes).unflatten(1, (-1, 3)).transpose(1, 2).float()  # (K, 3, numbers, h, w)
         left, values, right = torch.linalg.svd(by_colour.flatten(2).flatten(0, 1), full_matrices=False)
-        count, numbers = min(len(answers), len(values)), by_colour.shape[2]
+        count, numbers = min(len(responses), len(values)), by_colour.shape[2]
         shares[..., :count] = left[:, :count].unflatten(0, (-1, 3))
-        answers[:count, :numbers] = (values[:count, None] * right[:count]).view(-1, *by_colour.shape[2:])
-        return shares, answers
+        responses[:count, :numbers] = (values[:count, None] * right[:count]).view(-1, *by_colour.shape[2:])
+        return shares, responses
 
     def extra_repr(self) -> str:
         num_objects, condition_dim = self.conditions.shape

@@ -19,7 +19,7 @@ from condgan import drawing
 from condgan import images as pictures
 from condgan.canvas import Canvas
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
-from condgan.correction import ANSWERS, FirstTurnCorrection
+from condgan.correction import ANSWERS, EDGE, FirstTurnCorrection
 from condgan.drawing import Redraw
 from condgan.functional import crop, paste
 from condgan.hub import PretrainedModel
@@ -127,9 +127,16 @@ class IterativeGenerator(PretrainedModel):
         self.mapping = NoiseMapping(config) if config.mapping else None
         self.correction = None
         if config.correction:
-            sizes = len(self.vocabulary), config.condition_dim, config.image_size, config.light_inputs, config.places
-            answers = ANSWERS * len(set(self.vocabulary.shapes))
-            self.correction = FirstTurnCorrection(*sizes, config.window or config.image_size, answers)
+            self.correction = FirstTurnCorrection(
+                len(self.vocabulary),
+                config.condition_dim,
+                config.image_size,
+                config.light_inputs,
+                config.places,
+                config.z_dim if config.mapping else 0,
+                (config.window or config.image_size) - 2 * EDGE,
+                ANSWERS * len(set(self.vocabulary.shapes)),
+            )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what a scene takes most of its time for, each part when it is first used.
@@ -204,7 +211,7 @@ class IterativeGenerator(PretrainedModel):
             drawn = self._draw(*arguments)
         else:
             drawn = torch.cat([self._draw(*part) for part in zip(*(x.split(size) for x in arguments), strict=True)])
-        offset = None if self.correction is None else self.correction(condition, light, place)
+        offset = None if self.correction is None else self.correction(condition, light, place, code)
         if offset is not None:
             if view.corners is not None:
                 offset = crop(offset, view.corners, drawn.shape[-1])

@@ -94,9 +94,9 @@ def test_the_usual_places_of_first_objects_are_measured() -> None:
     assert generator.correction.reach.tolist() == [1.0, 1.0, 128.0]
 
 
-def only_corrections(objects: tuple[str, ...]) -> tuple[IterativeGenerator, IterativeGenerator]:
+def only_corrections(objects: tuple[str, ...], mapping: bool) -> tuple[IterativeGenerator, IterativeGenerator]:
     """Two generators that draw nothing but their correction, on canvases whose light varies in three ways."""
-    config = replace(NO_PLACES, objects=objects)
+    config = replace(NO_PLACES, objects=objects, mapping=mapping)
     networks = lively_generator(config), lively_generator(config)
     ramp = torch.linspace(-0.1, 0.1, 64)
     for network in networks:
@@ -116,16 +116,16 @@ def only_corrections(objects: tuple[str, ...]) -> tuple[IterativeGenerator, Iter
 
 def test_corrected_first_turns_answer_to_the_light_as_real_ones_do() -> None:
     """Objects of one shape share two answers to each number and each product; what the one generator lacks is known."""
-    generator, teacher = only_corrections(("red cube", "blue cube", "red sphere"))
+    generator, teacher = only_corrections(("red cube", "blue cube", "red sphere"), mapping=False)
     known, wanted = generator.correction, teacher.correction
     assert known is not None and wanted is not None
     rng = torch.Generator().manual_seed(0)
-    answers, shares = 0.02 * torch.randn(4, 5, 64, 64, generator=rng), torch.randn(3, 3, 4, generator=rng)
+    answers, shares = 0.02 * torch.randn(4, 5, 56, 56, generator=rng), torch.randn(3, 3, 4, generator=rng)
     answers[:, :2] *= 3  # what is linear says which pictures objects share
     shares[:2, :, 2:], shares[2, :, :2] = 0, 0
     offsets = 0.1 * torch.randn(3, 3, 64, 64, generator=rng)
     for changed in (offsets, answers):  # the floor around an object is seen
-        changed *= F.pad(torch.ones(24, 24), (20,) * 4)
+        changed *= F.pad(torch.ones(24, 24), ((changed.shape[-1] - 24) // 2,) * 4)
     wanted.set_(offsets, answers, shares)
     objects = torch.arange(3).repeat(150)
     scenes = [[teacher.vocabulary.names[i]] for i in objects.tolist()]
@@ -139,9 +139,39 @@ def test_corrected_first_turns_answer_to_the_light_as_real_ones_do() -> None:
 
     right = error(known)
     assert right < 0.01, right
-    assert known.answers is not None
-    known.answers[:, 2:] = 0
+    assert known.responses is not None
+    known.responses[:, 2:] = 0
     assert error(known) > 3 * right
+
+
+def test_corrected_first_turns_answer_to_the_codes_of_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, teacher = only_corrections(("red cube", "blue cube"), mapping=True)
+    known, wanted = generator.correction, teacher.correction
+    assert known is not None and wanted is not None and teacher.mapping is not None
+    rng = torch.Generator().manual_seed(0)
+    answers, shares = torch.zeros(2, 8 + 36, 56, 56), torch.randn(2, 3, 2, generator=rng)
+    used = torch.tensor([2, 7, 8 + 15, 8 + 20])  # two numbers of the code, the square of one and the product of both
+    answers[:, used, 16:40, 16:40] = 0.02 * torch.randn(2, len(used), 24, 24, generator=rng)
+    wanted.set_(torch.zeros(2, 3, 64, 64), answers, shares)
+    codes: list[Tensor] = []
+    teacher.mapping.register_forward_hook(lambda module, args, code: codes.append(code))
+    objects = torch.arange(2).repeat(300)
+    scenes = [[teacher.vocabulary.names[i]] for i in objects.tolist()]
+    pixels = to_uint8(draw_turns(teacher, scenes, range(len(scenes))).images)
+    found = CodedTurns(torch.cat(codes), torch.empty(0), torch.empty(0), None, None)
+    monkeypatch.setattr(calibration, "code_turns", lambda *args: found)
+    encoder = NoiseEncoder(NoiseEncoderConfig(width=4, z_dim=6, places=False))
+    correct_first_turns(generator, encoder, pixels, objects, progress=False)
+    assert known.codes is not None
+    torch.testing.assert_close(
+        known.codes, torch.stack([torch.cat(codes)[objects == kind].mean(0) for kind in range(2)])
+    )
+    tested = known.conditions[objects[:100]], torch.randn(100, 2, generator=rng), None, torch.cat(codes)[:100]
+    drawn, expected = known(*tested), wanted(*tested)
+    right = (drawn - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert right < 0.2, right
+    unlike = known(*tested[:3], tested[3].flip(0)) - expected
+    assert unlike.square().mean() > 16 * (drawn - expected).square().mean()
 
 
 def test_first_turns_are_measured_with_the_codes_of_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,8 @@ def test_the_place_beside_the_usual_one_counts_as_numbers_do() -> None:
     light, place = torch.tensor([[0.5], [1e6]]), usual + spread * torch.tensor([[2.0, -1.0], [0.5, 3.0]])
     numbers = torch.tensor([[0.5, 2.0, -1.0], [4.0, 0.5, 3.0]])  # no scene has such a light
     torch.testing.assert_close(correction.read(torch.tensor([0, 1]), light, place), numbers)
-    answers, shares = torch.randn(2, 9, 4, 4), torch.randn(2, 3, 2)
+    rng = torch.Generator().manual_seed(0)
+    answers, shares = torch.randn(2, 9, 4, 4, generator=rng), torch.randn(2, 3, 2, generator=rng)
     correction.set_(torch.zeros(2, 3, 8, 8), answers, shares)
     known = torch.cat((numbers, products_of(numbers)), 1)
     expected = torch.einsum("ncr,nf,rfhw->nchw", shares, known, answers)
@@ -82,6 +83,26 @@ def test_a_checkpoint_of_before_answers_were_shared_draws_as_it_did_where_they_c
     expected = old["offsets"].clone()
     expected[:, :, 2:6, 2:6] += torch.einsum("kl,klchw->kchw", light, slopes)
     torch.testing.assert_close(correction(torch.eye(3, 4), light, torch.randn(3, 2)), expected)
+
+
+def test_a_checkpoint_of_before_codes_were_known_draws_as_it_did() -> None:
+    sizes = {"light_inputs": 2, "places": True, "num_answers": 2}
+    before = FirstTurnCorrection(2, 4, 8, answer_size=6, **sizes)
+    after = FirstTurnCorrection(2, 4, 8, code_inputs=3, answer_size=4, **sizes)
+    rng = torch.Generator().manual_seed(0)
+    before.conditions.copy_(torch.eye(2, 4))
+    answers = F.pad(torch.randn(2, 14, 4, 4, generator=rng), (1,) * 4)  # nothing at the edges, which are cut off
+    before.set_(torch.randn(2, 3, 8, 8, generator=rng), answers, torch.randn(2, 3, 2, generator=rng))
+    before.put_(torch.full((2, 2), 3.0), torch.full((2, 2), 0.2), reach=9.0)
+    state = before.state_dict()
+    state["answers"] = state.pop("responses")
+    after.load_state_dict(state)
+    light, place, code = torch.randn(2, 2, generator=rng), 3 + torch.rand(2, 2, generator=rng), torch.randn(2, 3)
+    expected = before(torch.eye(2, 4), light, place)
+    torch.testing.assert_close(after(torch.eye(2, 4), light, place, code), expected)
+    again = FirstTurnCorrection(2, 4, 8, code_inputs=3, answer_size=4, **sizes)
+    again.load_state_dict(after.state_dict())
+    torch.testing.assert_close(again(torch.eye(2, 4), light, place, code), expected)
 
 
 def test_conditions_unlike_those_of_first_turns_get_nothing() -> None:

@@ -221,7 +221,7 @@ def test_a_run_can_start_from_trained_networks(data: Path, tmp_path: Path) -> No
         assert fitted_once_more != torch.equal(weight, weights[name]), name
     trained = {key: value for key, value in tensors(tmp_path / "second").items() if "generator.correction." in key}
     assert first.correction is not None and first.correction.offsets.any(), "what the first run measured at its end"
-    assert not any(value.any() for key, value in trained.items() if key.endswith((".offsets", ".answers"))), (
+    assert not any(value.any() for key, value in trained.items() if key.endswith((".offsets", ".responses"))), (
         "is not there while others learn"
     )
     encoders = [NoiseEncoder.from_pretrained(tmp_path / run / "noise-encoder") for run in ("first", "second")]

@@ -77,7 +77,7 @@ def lively_generator(config: GeneratorConfig, seed: int = 0) -> IterativeGenerat
         if generator.correction is not None:
             generator.correction.conditions += generator.encoder(torch.eye(len(config.objects)))[0].detach()
             correction = generator.correction
-            for added in (correction.offsets, correction.answers, correction.shares):
+            for added in (correction.offsets, correction.responses, correction.shares):
                 if added is not None:
                     added += 0.05 * torch.randn_like(added)
     return generator
