@@ -82,7 +82,7 @@ class FirstTurnCorrection(nn.Module):
         condition: (N, D); no gradient flows back to it.
         light: (N, light_inputs), or None without light.
         place: (N, 2) in pixels (x, y), or None for models that do not know it.
-        code: (N, code_inputs), or None for models whose codes are plain noise; no gradient flows back to it.
+        code: (N, code_inputs), for models with a mapping; no gradient flows back to it.
         output: (N, 3, H, W), to be added to pictures in [-1, 1]; or None, on a CPU, where no turn is a first one.
 
     Source: matching the means of real and drawn pictures is the feature matching of Salimans et al. 2016,
@@ -114,10 +114,9 @@ class FirstTurnCorrection(nn.Module):
         self.register_buffer("conditions", torch.zeros(num_objects, condition_dim))
         self.register_buffer("offsets", torch.zeros(num_objects, 3, image_size, image_size))
         self.num_inputs = numbers = light_inputs + 2 * places + code_inputs
+        # of rank 4, or a module cannot be channels_last
         responses = torch.zeros(num_answers, numbers + numbers * (numbers + 1) // 2, answer_size, answer_size)
-        self.register_buffer(
-            "responses", responses if numbers else None
-        )  # of rank 4, or a module cannot be channels_last
+        self.register_buffer("responses", responses if numbers else None)
         self.register_buffer("shares", torch.zeros(num_objects, 3, num_answers) if numbers else None)
         self.register_buffer("places", torch.zeros(num_objects, 2))
         self.register_buffer("spread", torch.ones(num_objects, 2))
