@@ -329,7 +329,7 @@ def crop(images: Tensor, corners: Tensor, crop_size: int) -> Tensor:
     """
     _check_pairs("corners", corners, len(images))
     if _is_one_at_hand(images):
-        return _square(images, corners, crop_size).clone()
+        return _square(images, corners, crop_size).clone(memory_format=torch.channels_last)  # as those of a batch
     return images.permute(0, 2, 3, 1)[_pixels_of_squares(corners, crop_size)].permute(0, 3, 1, 2)
 
 

@@ -259,6 +259,7 @@ def candidates_of_a_turn(
     """The plain version: pictures and places of a turn with the random numbers that the pictures of seed, seed + 2**32
     and so on have for it."""
     condition = roll_conditions(generator.encoder, encode_objects([scene]))[0][:, turn]
+    image = image[None].contiguous(memory_format=torch.channels_last)  # as drawing has it: for the last bits
     found = []
     for k in range(count):
         rng = random_source(seed + k * CANDIDATE_STRIDE)
@@ -267,8 +268,8 @@ def candidates_of_a_turn(
         for _ in range(turn + 1):
             uniform, z = torch.rand(3, generator=rng), torch.randn(generator.z_dim, generator=rng)
         assert generator.place_model is not None
-        place = generator.place_model(image[None], condition, uniform[None], generator.read_light(image[None]))
-        found.append((generator(z[None], condition, image[None], place)[0], place[0]))
+        place = generator.place_model(image, condition, uniform[None], generator.read_light(image))
+        found.append((generator(z[None], condition, image, place)[0], place[0]))
     return found
 
 
