@@ -397,10 +397,10 @@ def correct_first_turns(
         tqdm(total=len(pixels), desc="first turns", unit="img", file=sys.stderr, disable=not progress) as bar,
     ):
         for rows in torch.arange(len(pixels), device=device).split(BATCH_SIZE):
-            change = from_uint8(pixels[rows.to(pixels.device)].to(device)).diff(dim=1)[:, 0]
-            after = pixels[rows.to(pixels.device), 1]
-            canvas = from_uint8(_empty_scenes(generator, after, noise).to(device))
-            light, condition = generator.read_light(canvas), correction.conditions[kind[rows]]
+            pictures, chosen = pixels[rows.to(pixels.device)], kind[rows]
+            change = from_uint8(pictures.to(device)).diff(dim=1)[:, 0]
+            canvas = from_uint8(_empty_scenes(generator, pictures[:, 1], noise).to(device))
+            light, condition = generator.read_light(canvas), correction.conditions[chosen]
             place = None if generator.place_model is None else places[rows]
             if codes is not None:
                 code = codes[rows]
@@ -408,10 +408,10 @@ def correct_first_turns(
                 code = torch.randn(len(rows), generator.z_dim, generator=noise).to(device)
                 if generator.mapping is not None:
                     code = generator.mapping(code, condition, place, light)
-            drawn = generator.synthesis(code, condition, canvas, place)
-            known = correction.read(kind[rows], light, place, code)
-            changes.add(known, change, kinds[kind[rows]])
-            errors.add(torch.cat((known, products_of(known)), 1), change - drawn + canvas, kinds[kind[rows]])
+            error = change - generator.synthesis(code, condition, canvas, place) + canvas
+            known = correction.read(chosen, light, place, code)
+            changes.add(known, change, kinds[chosen])
+            errors.add(torch.cat((known, products_of(known)), 1), error, kinds[chosen])
             bar.update(len(rows))
     if correction.responses is None:
         correction.offsets.copy_(errors.means())

@@ -114,7 +114,7 @@ class FirstTurnCorrection(nn.Module):
         self.register_buffer("conditions", torch.zeros(num_objects, condition_dim))
         self.register_buffer("offsets", torch.zeros(num_objects, 3, image_size, image_size))
         self.num_inputs = numbers = light_inputs + 2 * places + code_inputs
-        # of rank 4, or a module cannot be channels_last
+        # `answers` in checkpoints of before the code was known, which had fewer. Of rank 4, for channels_last.
         responses = torch.zeros(num_answers, numbers + numbers * (numbers + 1) // 2, answer_size, answer_size)
         self.register_buffer("responses", responses if numbers else None)
         self.register_buffer("shares", torch.zeros(num_objects, 3, num_answers) if numbers else None)
@@ -176,7 +176,7 @@ class FirstTurnCorrection(nn.Module):
             self.responses.zero_()
 
     def set_(self, offsets: Tensor, responses: Tensor, shares: Tensor) -> None:
-        """From now on add this, for models that know the light or the place.
+        """From now on add this, for models that know the light, the place or the code.
 
         Args:
             offsets: (K, 3, H, W), for each object.
@@ -203,11 +203,10 @@ class FirstTurnCorrection(nn.Module):
         _take_known(self.codes, self.code_spread, codes, spread, LEAST_CODE_SPREAD)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # checkpoints of before the places, or the codes, were known
-        for name, fresh in (("places", 0.0), ("spread", 1.0), ("codes", 0.0), ("code_spread", 1.0), ("reach", None)):
+        fresh = {"places": 0.0, "spread": 1.0, "codes": 0.0, "code_spread": 1.0, "reach": self.everywhere}
+        for name, value in fresh.items():  # checkpoints of before the places, or the codes, were known
             buffer = getattr(self, name)
             if buffer is not None:
-                value = self.everywhere if fresh is None else fresh
                 state_dict.setdefault(f"{prefix}{name}", torch.full_like(buffer, value))
         if f"{prefix}slopes" in state_dict:
             shared = self._share(state_dict.pop(f"{prefix}slopes"))

@@ -17,6 +17,7 @@ from condgan.derived import Derived
 MAX_LOG_SCALE = 3.0
 """Each coupling of :class:`ConditionalFlow` stretches a number by at most exp(3)."""
 MAX_SCALE = math.exp(MAX_LOG_SCALE)
+"""So many times."""
 FRESH_BOUND = 100.0
 """A fresh flow changes no number within this distance of 0."""
 STEPS = 8
