@@ -181,16 +181,35 @@ def test_no_file_names_a_path_of_one_machine() -> None:
     assert found == []
 
 
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Links of a page to a file that is not there, or to a heading that its page does not have."""
+    broken = []
+    for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(f"{page.name}: {target}")
+    return broken
+
+
+def test_broken_links_are_seen(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# Other\n\n## The `z` of a turn, mapped\n")
+    page = tmp_path / "page.md"
+    page.write_text("# One\n[a](other.md#the-z-of-a-turn-mapped) [b](#one) [c](other.md) [d](https://example.org/#x)\n")
+    assert broken_links(page) == []
+    page.write_text("# One\n[a](other.md#the-z) [b](#two) [c](none.md)\n")
+    assert broken_links(page) == ["page.md: other.md#the-z", "page.md: #two", "page.md: none.md"]
+
+
 def test_links_between_pages_lead_somewhere() -> None:
-    link = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
-    broken = [
-        f"{page.relative_to(ROOT)}: {target}"
-        for page in project_files()
-        if page.suffix == ".md" and PACKAGE not in page.parents
-        for target in link.findall(page.read_text())
-        if not (page.parent / target).exists()
-    ]
-    assert broken == []
+    pages = [page for page in project_files() if page.suffix == ".md" and PACKAGE not in page.parents]
+    assert [link for page in pages for link in broken_links(page)] == []
 
 
 def test_every_public_name_is_documented() -> None:
