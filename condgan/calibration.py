@@ -349,22 +349,25 @@ def correct_first_turns(
     pixels: Tensor,
     objects: Tensor,
     *,
+    noise: float,
     progress: bool = True,
 ) -> None:
     """Measure what first turns have wrong on average, object by object, and have the generator take it off.
 
-    Draws the first turns of real scenes once more, in their own light, at their own places and with their own codes, so
-    that a cube is turned as the real one is and what is left is error. It is explained by the object and, for models
-    that know them, by the light, the place and the code: linearly, and by products of two of these numbers. They are
-    many and there are few pictures of each object, so objects of one shape share their answers: two pictures for each
-    number and each product (:data:`condgan.correction.ANSWERS`), mixed for every object and colour as the linear
-    answers of the real turns are, by their first principal components.
+    Draws the first turns of real scenes once more, in their own light, at their own places and with their own codes,
+    so that a cube is turned as the real one is and what is left is error. Around the codes there is noise, as around
+    those that the mapping makes: in some directions found codes hardly differ, and there noise is all that there is.
+    The error is explained by the object and, for models that know them, by the light, the place and the code: linearly,
+    and by products of two of these numbers. They are many and there are few pictures of each object, so objects of one
+    shape share their answers: two pictures for each number and each product (:data:`condgan.correction.ANSWERS`), mixed
+    for every object and colour as the linear answers of the real turns are, by their first principal components.
 
     Args:
         generator: changed in place, with ``config.correction``. Its batch norms must be final: see :func:`recalibrate`.
         noise_encoder: finds the codes; None draws with random noise, which takes many more scenes to be as precise.
         pixels: (S, 2, 3, H, W) uint8, empty scenes and what real first turns made of them.
         objects: (S,) ids of the objects that were added.
+        noise: standard deviation of what is added to every code, as in training.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -383,15 +386,15 @@ def correct_first_turns(
     places, kind = places_of_turns(pixels)[:, 0].to(device), objects.to(device)
     if generator.place_model is not None:
         correction.put_(*_by_kind(places, kind, count), FIRST_REACH)
-    codes = None
+    codes, rng = None, torch.Generator().manual_seed(0)
     if noise_encoder is not None:
         where = None if generator.place_model is None else places[:, None]
-        codes = code_turns(generator, noise_encoder, pixels, objects[:, None], where).codes
+        found = code_turns(generator, noise_encoder, pixels, objects[:, None], where).codes
+        codes = with_noise(found, torch.randn(found.shape, generator=rng).to(device), noise)
         if generator.mapping is not None:
             correction.turn_(*_by_kind(codes, kind, count))
     changes = _Sums(count, numbers, generator.image_size, device)
     errors = _Sums(count, numbers + numbers * (numbers + 1) // 2, generator.image_size, device)
-    noise = torch.Generator().manual_seed(0)
     with (
         evaluating(generator),
         tqdm(total=len(pixels), desc="first turns", unit="img", file=sys.stderr, disable=not progress) as bar,
@@ -399,13 +402,13 @@ def correct_first_turns(
         for rows in torch.arange(len(pixels), device=device).split(BATCH_SIZE):
             pictures, chosen = pixels[rows.to(pixels.device)], kind[rows]
             change = from_uint8(pictures.to(device)).diff(dim=1)[:, 0]
-            canvas = from_uint8(_empty_scenes(generator, pictures[:, 1], noise).to(device))
+            canvas = from_uint8(_empty_scenes(generator, pictures[:, 1], rng).to(device))
             light, condition = generator.read_light(canvas), correction.conditions[chosen]
             place = None if generator.place_model is None else places[rows]
             if codes is not None:
                 code = codes[rows]
             else:
-                code = torch.randn(len(rows), generator.z_dim, generator=noise).to(device)
+                code = torch.randn(len(rows), generator.z_dim, generator=rng).to(device)
                 if generator.mapping is not None:
                     code = generator.mapping(code, condition, place, light)
             error = change - generator.synthesis(code, condition, canvas, place) + canvas

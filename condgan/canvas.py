@@ -27,6 +27,9 @@ EDGE_DEVIATIONS = 4
 """Detail in a shadow that is more standard deviations of grain and rounding from smooth than this is an edge."""
 SMOOTH = 5
 """Side in pixels of the squares whose mean has no grain."""
+SOMETIMES_HIDDEN = 0.05, 0.98
+"""Shares of the pictures in which an object or a shadow hides a pixel, between which its components are smooth:
+otherwise they would learn where the faint edges of shadows end."""
 ROUNDING_VARIANCE = (2 / 255) ** 2 / 12
 """Variance that rounding to 8 bits adds to every value."""
 
@@ -138,7 +141,8 @@ class Canvas(nn.Module):
         """Learn the canvas from pictures with one object at the centre each: a data set's first turns.
 
         Alternates between principal components of the empty scenes and the empty scenes in the light of these
-        components; what no scene shows, under every object, is interpolated from around it. Then the distribution of
+        components; what no scene shows, under every object, is interpolated from around it, and where objects and
+        shadows end the components are smooth (:meth:`smooth_hidden`). Then the distribution of
         the light and the grain are learned from what was found.
 
         Args:
@@ -159,7 +163,7 @@ class Canvas(nn.Module):
             self.mean.copy_(empty.mean(0))
             if count:
                 basis = self._fit_components(empty, basis)
-            estimates = self._estimates(first_images)
+            estimates = self.smooth_hidden(first_images)
             empty = torch.cat([chunk.where(~found.occupied, found.lit) for chunk, found in estimates])
         self.grain_mix.zero_()
         if self.flow is None:  # one fixed picture: what varies is light that this canvas does not know, not grain
@@ -170,6 +174,24 @@ class Canvas(nn.Module):
         self.mean += torch.einsum("k,kchw->chw", centre, self.components)
         self.components *= spread[:, None, None, None]
         self.flow.fit((scores - centre) / spread, progress=progress)
+
+    @torch.no_grad()
+    def smooth_hidden(self, first_images: Tensor) -> list[tuple[Tensor, LightEstimate]]:
+        """Make the components smooth where objects sometimes hide the floor (:data:`SOMETIMES_HIDDEN`).
+
+        There they mix floor that is seen with floor that was made up, and change from pixel to pixel as no light does.
+
+        Args:
+            first_images: (S, 3, H, W) in [-1, 1], a data set's first turns.
+
+        Returns:
+            The light of these pictures with the components as they now are, a batch at a time.
+        """
+        hidden = torch.cat([found.occupied for _, found in self._estimates(first_images)]).float().mean(0)  # (1, H, W)
+        rarely, mostly = SOMETIMES_HIDDEN
+        rim = (hidden > rarely) & (hidden < mostly)
+        self.components.copy_(local_mean(self.components, SMOOTH).where(rim, self.components))
+        return self._estimates(first_images)
 
     def _fit_components(self, empty: Tensor, basis: Tensor) -> Tensor:
         """Principal components of pictures around the mean, by subspace iteration from ``basis`` (P, K) to a new."""

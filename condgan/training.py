@@ -702,7 +702,7 @@ class Trainer:
             prefer_legible_codes(generator, self.verifier, one_hot, scenes=drawn, bf16=bf16, progress=progress)
         if generator.correction is not None:
             first = scenes.pixels[:, :2], scenes.objects[:, 0]
-            correct_first_turns(generator, self.noise_encoder, *first, progress=progress)
+            correct_first_turns(generator, self.noise_encoder, *first, noise=FOUND_NOISE_STD, progress=progress)
         return generator
 
     def _fit_mapping(self, generator: IterativeGenerator, progress: bool) -> None:

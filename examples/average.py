@@ -22,7 +22,7 @@ from condgan import IterativeGenerator
 from condgan.calibration import correct_first_turns, recalibrate
 from condgan.datasets import SceneDataset
 from condgan.models import NoiseEncoder
-from condgan.training import TrainingScenes
+from condgan.training import FOUND_NOISE_STD, TrainingScenes
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("models", nargs=2, help="names, folders or hub ids of two generators")
@@ -55,7 +55,8 @@ def main() -> None:
     recalibrate(generator, F.one_hot(scenes.objects, scenes.num_objects).float())
     if generator.correction is not None:
         noise_encoder = NoiseEncoder.from_pretrained(args.noise_encoder)
-        correct_first_turns(generator, noise_encoder, scenes.pixels[:, :2], scenes.objects[:, 0])
+        first = scenes.pixels[:, :2], scenes.objects[:, 0]
+        correct_first_turns(generator, noise_encoder, *first, noise=FOUND_NOISE_STD)
     generator.save_pretrained(args.out, dtype=torch.float16)
 
 

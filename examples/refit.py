@@ -17,8 +17,9 @@ import torch
 from condgan import IterativeGenerator
 from condgan.calibration import correct_first_turns, fit_places
 from condgan.datasets import SceneDataset
+from condgan.images import from_uint8
 from condgan.models import NoiseEncoder
-from condgan.training import PRESETS, TrainingScenes
+from condgan.training import FOUND_NOISE_STD, PRESETS, TrainingScenes
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on; its train split is used")
@@ -36,14 +37,17 @@ def main() -> None:
     if args.place_epochs < 0:
         parser.error(f"--place-epochs must be 0 or more, got {args.place_epochs}")
     generator = IterativeGenerator.from_pretrained(args.model)
-    scenes = TrainingScenes(SceneDataset(args.data, "train"), generator, fit_canvas=False)
+    data = SceneDataset(args.data, "train")
+    generator.canvas.smooth_hidden(from_uint8(data.pixels[:, 0]))
+    scenes = TrainingScenes(data, generator, fit_canvas=False)
     if scenes.places is not None and args.place_epochs:
         dropout = PRESETS["compact"].history_dropout
         turns = scenes.pixels, scenes.objects, scenes.places
         fit_places(generator, *turns, history_dropout=dropout, epochs=args.place_epochs)
     if generator.correction is not None:
         noise_encoder = NoiseEncoder.from_pretrained(args.noise_encoder)
-        correct_first_turns(generator, noise_encoder, scenes.pixels[:, :2], scenes.objects[:, 0])
+        first = scenes.pixels[:, :2], scenes.objects[:, 0]
+        correct_first_turns(generator, noise_encoder, *first, noise=FOUND_NOISE_STD)
     generator.save_pretrained(args.out, dtype=torch.float16)
 
 

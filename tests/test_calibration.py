@@ -22,6 +22,7 @@ from condgan.calibration import (
     fit_places,
     prefer_legible_codes,
     recalibrate,
+    with_noise,
 )
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.configs import NoiseEncoderConfig
@@ -75,7 +76,7 @@ def test_corrected_first_turns_are_right_on_average_and_objects_without_data_sta
     seeds = range(1000, 1060)
     real = mean_changes(teacher, names, seeds)
     before = mean_changes(generator, names, seeds)
-    correct_first_turns(generator, None, pixels, objects, progress=False)
+    correct_first_turns(generator, None, pixels, objects, noise=0.0, progress=False)
     after = mean_changes(generator, names, seeds)
     errors = [(drawn - real)[:2].square().mean().sqrt() for drawn in (before, after)]
     assert errors[1] < 0.45 * errors[0], errors
@@ -88,7 +89,7 @@ def test_the_usual_places_of_first_objects_are_measured() -> None:
     objects = torch.tensor([0, 1] * 30)
     pixels[objects == 0, 1, 0, 20:25, 30:35] = 200
     pixels[objects == 1, 1, 2, 40:43, 10:13] = 200
-    correct_first_turns(generator, None, pixels, objects, progress=False)
+    correct_first_turns(generator, None, pixels, objects, noise=0.0, progress=False)
     assert generator.correction is not None
     assert generator.correction.places[:2].tolist() == [[32.0, 22.0], [11.0, 41.0]]
     assert generator.correction.reach.tolist() == [1.0, 1.0, 128.0]
@@ -130,7 +131,7 @@ def test_corrected_first_turns_answer_to_the_light_as_real_ones_do() -> None:
     objects = torch.arange(3).repeat(150)
     scenes = [[teacher.vocabulary.names[i]] for i in objects.tolist()]
     pixels = to_uint8(draw_turns(teacher, scenes, range(len(scenes))).images)
-    correct_first_turns(generator, None, pixels, objects, progress=False)
+    correct_first_turns(generator, None, pixels, objects, noise=0.0, progress=False)
     lights = torch.randn(100, 2, generator=rng)
 
     def error(correction: FirstTurnCorrection) -> float:
@@ -161,7 +162,7 @@ def test_corrected_first_turns_answer_to_the_codes_of_the_real_ones(monkeypatch:
     found = CodedTurns(torch.cat(codes), torch.empty(0), torch.empty(0), None, None)
     monkeypatch.setattr(calibration, "code_turns", lambda *args: found)
     encoder = NoiseEncoder(NoiseEncoderConfig(width=4, z_dim=6, places=False))
-    correct_first_turns(generator, encoder, pixels, objects, progress=False)
+    correct_first_turns(generator, encoder, pixels, objects, noise=0.0, progress=False)
     assert known.codes is not None
     torch.testing.assert_close(
         known.codes, torch.stack([torch.cat(codes)[objects == kind].mean(0) for kind in range(2)])
@@ -186,7 +187,7 @@ def test_first_turns_are_measured_with_the_codes_of_the_real_ones(monkeypatch: p
         return synthesis(code, *args)
 
     monkeypatch.setattr(generator, "synthesis", record)
-    correct_first_turns(generator, encoder, pixels, torch.arange(40) % 2, progress=False)
+    correct_first_turns(generator, encoder, pixels, torch.arange(40) % 2, noise=0.0, progress=False)
     assert encoder.training
     before, after = from_uint8(pixels).unbind(1)
     with torch.no_grad():
@@ -194,10 +195,34 @@ def test_first_turns_are_measured_with_the_codes_of_the_real_ones(monkeypatch: p
     torch.testing.assert_close(torch.cat(codes), expected)
 
 
+def test_what_the_noise_around_codes_changes_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of real turns that are all alike, whose codes are one: drawn ones must not differ by the noise around it."""
+    generator = lively_generator(
+        replace(NO_PLACES, objects=("red cube",), light_components=0, light_inputs=0, mapping=True)
+    )
+    pixels = torch.full((200, 2, 3, 64, 64), 100, dtype=torch.uint8)
+    pixels[:, 1, 0, 24:40, 24:40] = 200
+    code = torch.full((200, 6), 0.5)
+    monkeypatch.setattr(calibration, "code_turns", lambda *args: CodedTurns(code, code, code, None, None))
+    encoder = NoiseEncoder(NoiseEncoderConfig(width=4, z_dim=6, places=False))
+    around = with_noise(code, torch.randn(200, 6, generator=torch.Generator().manual_seed(7)), 0.3)
+
+    @torch.no_grad()
+    def spread(noise: float) -> float:
+        correct_first_turns(generator, encoder, pixels, torch.zeros(200).long(), noise=noise, progress=False)
+        assert generator.correction is not None
+        condition = generator.correction.conditions.expand(200, -1)
+        drawn = generator.eval().synthesis(around, condition, from_uint8(pixels[:, 0]), None)
+        return drawn[..., 20:44, 20:44].var(0).mean().item()
+
+    without, with_it = spread(0.0), spread(0.3)
+    assert with_it < 0.3 * without, (with_it, without)
+
+
 def test_a_generator_without_correction_is_an_error() -> None:
     with pytest.raises(ValueError, match="correction=False"):
         correct_first_turns(
-            lively_generator(REFERENCE), None, torch.zeros(1, 2, 3, 64, 64, dtype=torch.uint8), torch.zeros(1).long()
+            lively_generator(REFERENCE), None, torch.zeros(1, 2, 3, 64, 64).byte(), torch.zeros(1).long(), noise=0.0
         )
 
 

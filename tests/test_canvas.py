@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import pytest
@@ -167,6 +168,22 @@ def test_the_components_span_the_light_and_nothing_else(scenes: Scenes, canvas: 
     found = canvas.components.flatten(1)
     spread = centred.T @ centred / len(centred)
     assert (found.T @ found - spread).norm() / spread.norm() < 0.08, "light is to have a variance of 1"
+
+
+def test_components_are_smooth_where_objects_end_and_elsewhere_as_they_were(scenes: Scenes, canvas: Canvas) -> None:
+    speckled = copy.deepcopy(canvas)
+    noise = 0.002 * torch.randn(canvas.components.shape, generator=torch.Generator().manual_seed(0))
+    speckled.components += noise
+    before = speckled.components.clone()
+    hidden = torch.cat([found.occupied for _, found in speckled._estimates(scenes.images)]).float().mean(0)
+    rim = (hidden > 0.05) & (hidden < 0.98)
+    estimates = speckled.smooth_hidden(scenes.images)
+    rough = noise.masked_fill(~rim, 0).square().sum()
+    left = (speckled.components - smooth(canvas.components)).masked_fill(~rim, 0).square().sum()
+    assert 50 < rim.sum() < 500
+    assert left < 0.06 * rough
+    assert torch.equal(speckled.components.masked_fill(rim, 0), before.masked_fill(rim, 0))
+    assert torch.equal(estimates[0][1].lit, speckled.estimate_light(estimates[0][0]).lit)
 
 
 def test_the_light_of_the_fitted_scenes_is_found_again(scenes: Scenes, canvas: Canvas) -> None:
