@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ from condgan.losses import OBJECTIVES
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.precision import autocast
 from condgan.ranks import ALONE, Ranks, share_statistics
+from condgan.requests import parse_seed
 
 MAX_SKIPPED_IN_A_ROW = 5
 FOUND_NOISE_STD = 0.15
@@ -114,8 +115,15 @@ class TrainConfig:
     """Autocast to bfloat16, on devices that multiply it (:func:`condgan.precision.fast_bfloat16`); weights, penalties
     and optimizer stay float32."""
     seed: int = 0
+    """From 0 to 2**63 - 1."""
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(TrainConfig).items():
+            value = getattr(self, name)
+            fits = isinstance(value, (float, int) if kind is float else kind)
+            if not fits or (isinstance(value, bool) and kind is not bool):
+                raise TypeError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")
+        parse_seed(self.seed)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {sorted(OBJECTIVES)}, got {self.objective!r}")
         for name in ("batch_scenes", "penalty_interval", "ema_halflife_images", "verifier_scenes"):
@@ -303,7 +311,7 @@ class TrainingScenes:
 def _step_rng(seed: int, step: int, purpose: str) -> torch.Generator:
     """A random source of its own for every step and purpose, so that resuming needs no random state."""
     salt = sum(ord(letter) * 257**i for i, letter in enumerate(purpose))
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_000_033 + salt % 1_000_033)
+    return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1_000_033 + salt % 1_000_033) % 2**64)
 
 
 def _own_parts(scenes: int, ranks: Ranks, accumulate: int) -> list[Part]:

@@ -24,6 +24,7 @@ from condgan.training import (
     TrainingDiverged,
     TrainingScenes,
     _as_seen,
+    _step_rng,
 )
 
 
@@ -343,6 +344,33 @@ def test_configurations_that_cannot_work_are_refused() -> None:
         dataclasses.replace(RUN, discriminator=dataclasses.replace(RUN.discriminator, window=40))
     with pytest.raises(ValueError, match="agree on light_inputs, got 1 and 0"):
         TrainConfig(generator=GeneratorConfig(light_components=2, light_inputs=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("seed", "x", "int"),
+        ("seed", True, "int"),
+        ("images", 1.5, "int"),
+        ("lr_generator", "1e-4", "float"),
+        ("bf16", "no", "bool"),
+        ("bf16", 1, "bool"),
+        ("verifier", 3, r"str \| None"),
+        ("generator", None, "GeneratorConfig"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_before_the_run(name: str, value: object, wanted: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} must be {wanted}, got {value!r}$"):
+        dataclasses.replace(RUN, **{name: value})
+
+
+def test_every_seed_up_to_the_largest_has_random_numbers_of_its_own() -> None:
+    assert _step_rng(18, 5, "").initial_seed() == (18 * 1_000_003 + 5) * 1_000_033
+    seeds = (0, 1, 18_000_000, 18_500_000, 2**63 - 1)
+    assert len({_step_rng(dataclasses.replace(RUN, seed=seed).seed, 5, "own").initial_seed() for seed in seeds}) == 5
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=rf"seed must be between 0 and 2\*\*63 - 1, got {seed}"):
+            dataclasses.replace(RUN, seed=seed)
 
 
 @pytest.mark.parametrize("name", PRESETS)
