@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import os
@@ -66,7 +65,8 @@ def train(
         progress: show a progress bar on stderr.
 
     Returns:
-        The averaged model, in eval mode.
+        The averaged model, in eval mode. What the end of a run fits to it takes long, so of several processes only the
+        first one does that: the others return at once, with the averaged weights as the last step left them.
 
     Raises:
         DatasetError: the data cannot be read.
@@ -74,7 +74,8 @@ def train(
             there are processes.
         TrainingDiverged: several steps in a row were not finite; the last checkpoint is good.
         RankLost: another process of the run has gone; the last checkpoint is good.
-        KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written. After the last step,
+            with that checkpoint written, both end the process at once.
     """
     out = Path(out)
     dataset = data if isinstance(data, SceneDataset) else SceneDataset(data, "train")
@@ -87,10 +88,15 @@ def train(
     try:
         with joined(device) as ranks:
             trainer = _ready_trainer(dataset, checkpoint, config, ranks, accumulate, progress and ranks.leads)
-            return _run(trainer, out, checkpoint_seconds, progress)
+            _run(trainer, out, checkpoint_seconds, progress)
     except (TrainingDiverged, RankLost) as error:
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
         raise type(error)(f"{error}; {kept}") from error.__cause__
+    if not trainer.ranks.leads:
+        return trainer.ema_generator
+    generator = trainer.finish(progress)
+    _save_models(trainer, generator, out)
+    return generator
 
 
 def _ready_trainer(
@@ -118,8 +124,8 @@ def _ready_trainer(
     return trainer
 
 
-def _run(trainer: Trainer, out: Path, checkpoint_seconds: float, progress: bool) -> IterativeGenerator:
-    """All steps that are left; returns the averaged model."""
+def _run(trainer: Trainer, out: Path, checkpoint_seconds: float, progress: bool) -> None:
+    """All steps that are left, and a checkpoint."""
     ranks, images = trainer.ranks, trainer.config.images
     with (
         _stop_requests() as stop_requests,
@@ -153,12 +159,8 @@ def _run(trainer: Trainer, out: Path, checkpoint_seconds: float, progress: bool)
                 raise KeyboardInterrupt
         if ranks.leads:
             _save_checkpoint(trainer, out / CHECKPOINT)
-            generator = trainer.finish(progress)
-            _save_models(trainer, generator, out)
-        else:
-            generator = copy.deepcopy(trainer.ema_generator)
-        ranks.copy_from_first(generator)
-        return generator
+        if ranks.any(bool(stop_requests)):  # all leave together; from here on no rank needs another
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -90,6 +90,11 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks: list
     assert [rank["skipped"] for rank in two_ranks] == [[0, 1, 1]] * 2
 
 
+def test_the_first_rank_finishes_a_run_alone(two_ranks: list[dict[str, Any]]) -> None:
+    """It may take longer than ranks wait for each other."""
+    assert [rank["finished alone"] for rank in two_ranks] == [True, True]
+
+
 def test_every_scene_of_a_step_is_in_one_part_and_parts_are_alike() -> None:
     for scenes, count, accumulate in ((5, 1, 1), (5, 2, 1), (11, 3, 2), (7, 1, 7), (64, 8, 4)):
         parts = [_own_parts(scenes, Ranks(rank, count), accumulate) for rank in range(count)]

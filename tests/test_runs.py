@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import RUN
 
-from condgan import IterativeGenerator, training
+from condgan import IterativeGenerator, runs, training
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.datasets import SceneDataset
 from condgan.models import NoiseEncoder
@@ -97,6 +97,30 @@ def test_a_stopped_run_finishes_its_step_first(
     train(data, tmp_path / "whole", RUN, device="cpu", progress=False)
     stopped, whole = tensors(tmp_path / "stopped"), tensors(tmp_path / "whole")
     assert [name for name in whole if not torch.equal(stopped[name], whole[name])] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_last_step_is_heard(
+    number: signal.Signals, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, before, short = runs._save_checkpoint, signal.getsignal(number), dataclasses.replace(RUN, images=9)
+
+    def stop_while_it_is_saved(trainer: Trainer, path: Path) -> None:
+        save(trainer, path)
+        os.kill(os.getpid(), number)
+
+    def stop_while_it_is_finished(trainer: Trainer, progress: bool) -> IterativeGenerator:
+        assert signal.getsignal(number) is before
+        assert (tmp_path / CHECKPOINT).exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "_save_checkpoint", stop_while_it_is_saved)
+        patch.setattr(Trainer, "finish", None)  # it is not called
+        train(data, tmp_path, short, device="cpu", progress=False)
+    monkeypatch.setattr(Trainer, "finish", stop_while_it_is_finished)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path, short, device="cpu", progress=False)
 
 
 @pytest.mark.usefixtures("no_recalibration")
