@@ -250,8 +250,8 @@ def _measure_rightness(
         of_real["retention"] = retention(real_logits, scenes, len(scenes.pictures))
     shuffled: dict[str, Score] = {}
     if num_lists > 1:
-        other = torch.randperm(len(asked), generator=torch.Generator().manual_seed(0))
-        shuffled = rightness(logits[:, -1], asked[other], counts, num_lists)
+        of_next_list = asked.roll(len(asked) // num_lists, 0)  # all draws of a list follow each other
+        shuffled = rightness(logits[:, -1], of_next_list, counts, num_lists)
     empty = _blank(drawn)
     empty_logits = observer.logits(empty.final)
     blank = rightness(empty_logits, empty.asked[:, -1], observer.counts(empty.final), len(empty_logits))

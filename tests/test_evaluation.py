@@ -400,6 +400,11 @@ def test_a_measure_that_a_control_passes_is_not_used(score: Score) -> None:
     assert report.is_told("accuracy")
 
 
+def test_no_picture_is_shuffled_to_its_own_list(score: Score) -> None:
+    apart = [["red cube", "blue sphere"], ["green cube", "cyan sphere"], ["gray cylinder"]]
+    assert score(_honest, apart, draws=5).measures["object_recall"].shuffled == 0
+
+
 def test_one_list_cannot_be_shuffled(score: Score) -> None:
     assert score(_honest, LISTS[:1]).measures["accuracy"].shuffled is None
 
