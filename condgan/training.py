@@ -10,6 +10,7 @@ from typing import NamedTuple, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from condgan import images as pictures
 from condgan.calibration import (
@@ -383,10 +384,12 @@ class Trainer:
             self.noise_encoder = noise_encoder.to(memory_format=torch.channels_last).train()
             found = list(noise_encoder.parameters())
         self.ema_generator = copy.deepcopy(generator).eval().requires_grad_(False)
+        learners = [generator] if noise_encoder is None else [generator, noise_encoder]
         if ranks.count > 1:
-            for network in (generator, noise_encoder):
-                if network is not None:
-                    share_statistics(network)
+            for network in learners:
+                share_statistics(network)
+        norms = [module for network in learners for module in network.modules() if isinstance(module, _BatchNorm)]
+        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         encoder = list(generator.encoder.parameters())
         others = [p for name, p in generator.named_parameters() if not name.startswith("encoder.")]
         adam = partial(torch.optim.Adam, betas=(0.0, config.beta2), fused=True)
@@ -411,10 +414,15 @@ class Trainer:
         self._set_learning_rates()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
+        statistics = [buffer.clone() for buffer in self._statistics]
         reports = [self._learn_from(part) for part in self.parts]
         total = self._optimize(torch.stack([torch.stack([*report.values()]) for report in reports]).sum(0))
         num_images = self.config.batch_scenes * self.scenes.objects.shape[1]
-        self._update_average(num_images)
+        if self.skipped_in_a_row:  # this step was: nothing that it has seen stays
+            for buffer, before in zip(self._statistics, statistics, strict=True):
+                buffer.copy_(before)
+        else:
+            self._update_average(num_images)
         self.step += 1
         reconstructed = not self.adversarial
         self.images += num_images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -297,6 +298,24 @@ def test_steps_that_are_not_finite_are_skipped_then_stop_the_run(data: Path) -> 
     with pytest.raises(TrainingDiverged, match="5 updates in a row"):
         for _ in range(MAX_SKIPPED_IN_A_ROW):
             trainer.train_step()
+
+
+@pytest.mark.parametrize("images", [0, RUN.reconstruction_images])
+def test_a_skipped_step_leaves_everything_as_it_was(images: int, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(data)
+    trainer.images = images
+    good = trainer.scenes.batch
+    before = {name: copy.deepcopy(network.state_dict()) for name, network in trainer.networks().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.scenes, "batch", lambda *args: good(*args)._replace(images=good(*args).images / 0))
+        trainer.train_step()
+    assert trainer.skipped == 1
+    for name, network in trainer.networks().items():
+        changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[name][key])}
+        assert not changed, f"{name}: {changed}"
+    trainer.train_step()
+    for network in trainer.networks().values():
+        assert all(value.isfinite().all() for value in network.state_dict().values())
 
 
 def test_own_pictures_keep_what_the_turn_adds(data: Path) -> None:
