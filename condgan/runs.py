@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import threading
@@ -105,7 +106,9 @@ def _ready_trainer(
     """Before the first step, or where the checkpoint left off."""
     stored = _read_checkpoint(checkpoint, config) if checkpoint.exists() else None
     generator, discriminator, noise_encoder = _fresh_networks(config)
-    if stored is not None:
+    if stored is None:
+        _load_sources(config, generator, discriminator, noise_encoder)
+    else:
         for name, buffer in generator.canvas.named_buffers():
             buffer.copy_(stored.tensors[f"generator.canvas.{name}"])
     fit_canvas = stored is None and config.init_generator is None
@@ -180,11 +183,21 @@ def _stop_requests() -> Iterator[list[int]]:
 
 
 def _fresh_networks(config: TrainConfig) -> tuple[IterativeGenerator, DiffDiscriminator, NoiseEncoder | None]:
-    """The networks before the first step; global random state is left alone."""
+    """The networks of a run with weights of its seed; global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         generator, discriminator = IterativeGenerator(config.generator), DiffDiscriminator(config.discriminator)
         noise_encoder = None if config.noise_encoder is None else NoiseEncoder(config.noise_encoder)
+    return generator, discriminator, noise_encoder
+
+
+def _load_sources(
+    config: TrainConfig,
+    generator: IterativeGenerator,
+    discriminator: DiffDiscriminator,
+    noise_encoder: NoiseEncoder | None,
+) -> None:
+    """Give the networks the weights that ``init_generator`` and its like name."""
     networks = {"generator": generator, "discriminator": discriminator, "noise_encoder": noise_encoder}
     for name, network in networks.items():
         name = f"init_{name}"
@@ -199,7 +212,6 @@ def _fresh_networks(config: TrainConfig) -> tuple[IterativeGenerator, DiffDiscri
         network.load_state_dict(pretrained.state_dict())
     if generator.correction is not None:
         generator.correction.clear_()  # measured for other weights: these are to do without, and it is measured anew
-    return generator, discriminator, noise_encoder
 
 
 def _verifier(config: TrainConfig, device: torch.device) -> SceneClassifier | None:
@@ -289,7 +301,7 @@ def _read_checkpoint(path: Path, config: TrainConfig) -> StoredRun:
     """Read a checkpoint of a run.
 
     Raises:
-        ValueError: the file is damaged, or of a run with another ``config``; the message names what differs.
+        ValueError: the file is damaged, of no run, or of a run with another ``config``; the message names what differs.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -297,6 +309,8 @@ def _read_checkpoint(path: Path, config: TrainConfig) -> StoredRun:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}): delete it to start the run again") from None
+    if metadata is None or not {"config", "counters"} <= metadata.keys():
+        raise ValueError(f"{str(path)!r} does not say of which run it is: delete it to start the run again")
     _check_same_run(json.loads(metadata["config"]), config, path)
     return StoredRun(json.loads(metadata["counters"]), tensors)
 
@@ -310,19 +324,34 @@ def _check_same_run(stored: dict[str, Any], config: TrainConfig, path: Path) -> 
         raise ValueError(f"{str(path)!r} is of another run: {changes}; choose another folder or the same settings")
 
 
+def _images_of(line: str, log: Path) -> int:
+    """Where the run was when it wrote a line of its log."""
+    try:
+        return int(json.loads(line)["images"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{str(log)!r} is damaged, it has the line {line[:80]!r}: delete or move it to go on"
+        ) from None
+
+
 class RunLog:
     """``log.jsonl``: mean losses every few steps; the same to TensorBoard if it is installed.
 
     Args:
         folder: of the run.
         images: where the run goes on; later lines, of a part that was lost, are dropped.
+
+    Raises:
+        ValueError: there is a log with a line that is not of a run.
     """
 
     def __init__(self, folder: Path, images: int) -> None:
         path = folder / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["images"] <= images]
-        path.write_text("".join(kept))
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # the last one may have been broken off
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(line for line in whole if _images_of(line, path) <= images))
+        os.replace(partial, path)
         self._file = path.open("a")
         self._sums: dict[str, list[float]] = {}
         self._writer: Any = None
@@ -335,7 +364,8 @@ class RunLog:
     def add(self, step: int, images: int, skipped: int, losses: dict[str, float]) -> None:
         """Take the losses of one step; write a line every :data:`LOG_INTERVAL` steps."""
         for name, value in losses.items():
-            self._sums.setdefault(name, []).append(value)
+            if math.isfinite(value):  # where not, the step was skipped
+                self._sums.setdefault(name, []).append(value)
         if step % LOG_INTERVAL:
             return
         means = {name: sum(values) / len(values) for name, values in self._sums.items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import RUN
 
 from condgan import IterativeGenerator, runs, training
@@ -181,6 +181,39 @@ def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut_back(tmp_path: Path) -> N
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [20, 40]
 
 
+def test_a_kill_while_the_log_is_cut_back_does_not_lose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = '{"step": 20, "images": 180}\n'
+    (tmp_path / "log.jsonl").write_text(line)
+
+    def killed(*paths: Path) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(InterruptedError):
+        RunLog(tmp_path, images=400)
+    assert (tmp_path / "log.jsonl").read_text() == line
+
+
+@pytest.mark.parametrize("line", ['{"a": 1}', "[]", '{"step": 40, "ima}', "\x00\x00"])
+def test_a_damaged_log_says_what_to_do(line: str, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 20, "images": 180}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl' is damaged, it has the line .*: delete or move it to go on"):
+        RunLog(tmp_path, images=400)
+
+
+def test_losses_of_skipped_steps_are_not_in_the_log(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    with RunLog(tmp_path, images=0) as log:
+        for step in range(1, 21):
+            log.add(step, 9 * step, step // 20, {"gap": float("nan") if step == 7 else 2.0, "place": float("inf")})
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=refuse)
+    assert found["gap"] == 2
+    assert "place" not in found
+
+
 def test_data_of_another_size_is_refused(data: Path, tmp_path: Path) -> None:
     generator, discriminator = (dataclasses.replace(c, image_size=128) for c in (RUN.generator, RUN.discriminator))
     large = dataclasses.replace(RUN, generator=generator, discriminator=discriminator)
@@ -191,6 +224,9 @@ def test_data_of_another_size_is_refused(data: Path, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_or_a_file_for_a_folder_says_what_to_do(data: Path, tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"is damaged .* delete it to start the run again"):
+        train(data, tmp_path, RUN, device="cpu", progress=False)
+    save_file({"x": torch.zeros(1)}, tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match=rf"{CHECKPOINT}' does not say of which run it is: delete it to start"):
         train(data, tmp_path, RUN, device="cpu", progress=False)
     with pytest.raises(OSError, match="out: cannot make the folder"):
         train(data, tmp_path / CHECKPOINT, RUN, device="cpu", progress=False)
@@ -238,6 +274,9 @@ def test_a_run_can_start_from_trained_networks(data: Path, tmp_path: Path) -> No
         init_noise_encoder=str(tmp_path / "first/noise-encoder"),
     )
     train(data, tmp_path / "second", config, device="cpu", progress=False)
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    train(data, tmp_path / "second", config, device="cpu", progress=False)  # goes on without them
+    (tmp_path / "elsewhere").rename(tmp_path / "first")
     first, second = (IterativeGenerator.from_pretrained(tmp_path / run / "model") for run in ("first", "second"))
     weights = dict(second.named_parameters())
     for name, weight in first.named_parameters():
