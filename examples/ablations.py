@@ -101,7 +101,12 @@ def with_start(recipe: TrainConfig, lit: IterativeGenerator, out: Path) -> Train
 def measured(
     config: TrainConfig, data: str, out: Path, lists: list[list[str]], draws: int, corrected: bool = True
 ) -> dict[str, float | None]:
-    """Train a model, or go on with it, and measure it; what was measured before is read from its folder."""
+    """Train a model, or go on with it, and measure it; what was measured before is read from its folder.
+
+    Raises:
+        SystemExit: it was measured with other settings.
+    """
+    settings = {"draws": draws, "images": config.images, "width": config.generator.width}
     whole, uncorrected = out / "report.json", out / "report-uncorrected.json"
     report = whole if corrected else uncorrected
     if not report.exists():
@@ -111,9 +116,11 @@ def measured(
             model.correction.clear_()
         found = evaluate(model, lists, draws=draws, data=data).to_dict()
         partial = report.with_suffix(".partial")
-        partial.write_text(json.dumps(found))
+        partial.write_text(json.dumps(found | {"settings": settings}))
         partial.replace(report)
     found = json.loads(report.read_text())
+    if found.get("settings") != settings:
+        raise SystemExit(f"{report} is of {found.get('settings')}, asked for is {settings}: choose another --out")
     return {name: found[name] for name in MEASURES}
 
 

@@ -294,6 +294,18 @@ def test_held_out_pairs_are_not_trained_on_but_asked_for(
     assert IterativeGenerator.from_pretrained(tmp_path / "run" / "model").config.width == 4
 
 
+def test_ablations_does_not_show_what_was_measured_with_other_settings(tmp_path: Path) -> None:
+    module = runpy.run_path(str(EXAMPLES / "ablations.py"))
+    measures = dict.fromkeys(module["MEASURES"], 0.5)
+    settings = {"draws": 4, "images": 30, "width": 4}
+    (tmp_path / "report.json").write_text(json.dumps(measures | {"settings": settings}))
+    config = module["base_recipe"](30, 4)
+    assert module["measured"](config, "data", tmp_path, [], 4) == measures
+    for other, draws in ((config, 5), (module["base_recipe"](33, 4), 4), (module["base_recipe"](30, 8), 4)):
+        with pytest.raises(SystemExit, match=r"report\.json is of .*'draws': 4.*, asked for is .*choose another --out"):
+            module["measured"](other, "data", tmp_path, [], draws)
+
+
 @pytest.mark.slow
 def test_ablations_trains_and_measures_each_row_once(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
