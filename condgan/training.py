@@ -113,8 +113,8 @@ class TrainConfig:
     legibility_weight: float = 0.0
     """Adversarial stage: weight of the verifier's cross-entropy for the objects so far, in what the generator draws."""
     bf16: bool = True
-    """Autocast to bfloat16, on devices that multiply it (:func:`condgan.precision.fast_bfloat16`); weights, penalties
-    and optimizer stay float32."""
+    """Autocast to bfloat16, on devices that multiply it (:func:`condgan.precision.fast_bfloat16`). Weights and the
+    optimizer stay float32; gradient penalties are sums in float32 of what passed convolutions in bfloat16."""
     seed: int = 0
     """From 0 to 2**63 - 1."""
 
@@ -268,13 +268,14 @@ class TrainingScenes:
     def __init__(
         self, data: SceneDataset, generator: IterativeGenerator, fit_canvas: bool = True, *, progress: bool = False
     ) -> None:
-        first = data.pixels[:, 0].float() / 127.5 - 1
+        device = generator.canvas.mean.device
+        first = pictures.from_uint8(data.pixels[:, 0].to(device))
         if fit_canvas:
             generator.canvas.fit(first, progress=progress)
         if generator.config.light_components:
             empty, _ = pictures.round_levels(generator.canvas.remove_objects(first))
             uniform = torch.rand(2, len(empty), 1, *empty.shape[2:], generator=torch.Generator().manual_seed(0))
-            chunks = zip(*(x.split(SCENES_AT_ONCE) for x in (empty, *uniform)), strict=True)
+            chunks = zip(*(x.to(device).split(SCENES_AT_ONCE) for x in (empty, *uniform)), strict=True)
             empty = torch.cat(  # the next picture has grain of its own
                 [pictures.render_anew(x, pictures.estimate_rest(x, of_rest), grain) for x, of_rest, grain in chunks]
             )
@@ -282,7 +283,7 @@ class TrainingScenes:
             empty = generator.canvas.mean.expand_as(first)
         if fit_canvas and generator.light is not None:
             generator.light.fit(empty)
-        self.pixels = torch.cat((pictures.to_uint8(empty)[:, None], data.pixels), 1)  # (S, T + 1, 3, H, W)
+        self.pixels = torch.cat((pictures.to_uint8(empty).cpu()[:, None], data.pixels), 1)  # (S, T + 1, 3, H, W)
         self.objects = data.objects  # (S, T) ids
         self.names = data.vocabulary.names
         self.num_objects = len(self.names)
@@ -297,7 +298,7 @@ class TrainingScenes:
         for position in range(step * size, (step + 1) * size)[part.scenes]:
             epoch, offset = divmod(position, len(self.pixels))
             scenes.append(int(self._permutation(epoch, seed)[offset]))
-        images = self.pixels[scenes].float() / 127.5 - 1
+        images = pictures.from_uint8(self.pixels[scenes])
         objects = F.one_hot(self.objects[scenes], self.num_objects).float()
         places = None if self.places is None else self.places[scenes].flatten(0, 1)
         return Batch(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1), objects, places, part)

@@ -6,13 +6,16 @@ import copy
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
 from tiny import RUN
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator, SceneClassifier, calibration
+from condgan.canvas import Canvas
 from condgan.datasets import SceneDataset
 from condgan.functional import local_mean
 from condgan.images import GRAIN, LEVEL, from_uint8, to_uint8
@@ -27,6 +30,7 @@ from condgan.training import (
     _as_seen,
     _step_rng,
 )
+from condgan.vocab import Vocabulary
 
 
 def make_trainer(data: Path, config: TrainConfig = RUN, verifier: SceneClassifier | None = None) -> Trainer:
@@ -204,6 +208,19 @@ def test_changed_pixels_weigh_more_and_those_of_earlier_objects_most(data: Path)
     torch.testing.assert_close(trainer._reconstruction_errors(batch.images + error, batch), expected)
     found = torch.arange(9) % 2 == 0
     torch.testing.assert_close(trainer._reconstruction_errors(batch.images + error, batch, found), expected * found)
+
+
+def test_empty_scenes_are_made_on_the_device_of_the_canvas() -> None:
+    """Tensors without numbers stand for those of a GPU: they know where they would be."""
+    with FakeTensorMode():
+        generator = SimpleNamespace(
+            canvas=Canvas(64, 2).to("cuda"), light=None, config=GeneratorConfig(light_components=2)
+        )
+        pixels = torch.zeros(5, 3, 3, 64, 64, dtype=torch.uint8)
+        data = SimpleNamespace(pixels=pixels, objects=torch.zeros(5, 3), vocabulary=Vocabulary())
+        scenes = TrainingScenes(cast(SceneDataset, data), cast(IterativeGenerator, generator), fit_canvas=False)
+    assert generator.canvas.mean.device.type == "cuda"
+    assert (scenes.pixels.device.type, scenes.pixels.shape) == ("cpu", (5, 4, 3, 64, 64))
 
 
 def test_empty_scenes_have_grain_of_their_own(data: Path) -> None:
