@@ -7,11 +7,12 @@ of any kind. The *verifier*, which the library itself uses to choose among draws
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from condgan.measures import (
     surroundings,
 )
 from condgan.report import MEASURES, EvaluationReport, Measure
-from condgan.requests import parse_scenes, parse_seed
+from condgan.requests import parse_scenes, parse_seed, parse_whole
 from condgan.scenes import RealScenes, SceneDrawer, Scenes, read_real
 from condgan.vocab import Vocabulary
 
@@ -95,9 +96,10 @@ def evaluate(
         FileNotFoundError: ``conditions`` or ``data`` is not there.
     """
     started = time.perf_counter()
-    for name, value in (("draws", draws), ("batch_size", batch_size), ("best_of", best_of)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    draws, batch_size, best_of = (
+        parse_whole(name, value, 1)
+        for name, value in (("draws", draws), ("batch_size", batch_size), ("best_of", best_of))
+    )
     if redraw not in get_args(Redraw):
         raise ValueError(f"redraw must be 'picture' or 'turn', got {redraw!r}")
     seed = parse_seed(seed)
@@ -105,13 +107,13 @@ def evaluate(
     if isinstance(conditions, (str, Path)):
         conditions_name = Path(conditions).name
         conditions = read_conditions(conditions)
-    lists = parse_scenes(
-        [[names] if isinstance(names, str) else list(names) for names in conditions], generator.vocabulary
-    )
+    if isinstance(conditions, (list, tuple)):
+        conditions = [[names] if isinstance(names, str) else names for names in conditions]
+    lists = parse_scenes(conditions, generator.vocabulary)
     judge_name = judge if isinstance(judge, str) else type(judge).__name__
     observer = _Observer(
-        judge=SceneClassifier.from_pretrained(judge) if isinstance(judge, str) else judge,
-        counter=ObjectCounter.from_pretrained(counter) if isinstance(counter, str) else counter,
+        judge=_network("judge", judge, SceneClassifier),
+        counter=_network("counter", counter, ObjectCounter),
         batch_size=batch_size,
     )
     drawer = SceneDrawer(generator, observer.vocabulary, best_of, redraw, batch_size, progress)
@@ -159,6 +161,18 @@ def evaluate(
         layout=layout,
         seconds=time.perf_counter() - started,
     )
+
+
+Network = TypeVar("Network", SceneClassifier, ObjectCounter)
+
+
+def _network(name: str, given: Network | str, kind: type[Network]) -> Network:
+    """A network, or the shipped one of a name."""
+    if isinstance(given, str):
+        return kind.from_pretrained(given)
+    if not isinstance(given, kind):
+        raise TypeError(f"{name} must be of class {kind.__name__}, or the name of one, got {reprlib.repr(given)}")
+    return given
 
 
 # --- what is measured ---------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def train(
 
     Raises:
         DatasetError: the data cannot be read.
+        TypeError: ``config`` is no ``TrainConfig``.
         ValueError: ``out`` holds another run, the data does not fit the configuration, or a step has fewer scenes than
             there are processes.
         TrainingDiverged: several steps in a row were not finite; the last checkpoint is good.
@@ -78,6 +79,8 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written. After the last step,
             with that checkpoint written, both end the process at once.
     """
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, such as PRESETS['compact'] of condgan.training, got {config!r}")
     out = Path(out)
     dataset = data if isinstance(data, SceneDataset) else SceneDataset(data, "train")
     _check_data(dataset, config)

@@ -636,15 +636,26 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(score: Score, pac
         raise AssertionError("nothing should be drawn")
 
     for options, message in (
-        ({"draws": 0}, "draws must be at least 1, got 0"),
-        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
-        ({"best_of": 0}, "best_of must be at least 1, got 0"),
+        ({"draws": 0}, r"draws must be between 1 and 2\*\*63 - 1, got 0"),
+        ({"batch_size": -1}, r"batch_size must be between 1 and 2\*\*63 - 1, got -1"),
+        ({"best_of": 0}, r"best_of must be between 1 and 2\*\*63 - 1, got 0"),
         ({"redraw": "scene"}, "redraw must be 'picture' or 'turn', got 'scene'"),
         ({"lists": []}, "conditions is empty"),
         ({"lists": [["red cub"]]}, "did you mean 'red cube'"),
         ({"seed": -1}, "seed must be between"),
     ):
         with pytest.raises(ValueError, match=message):
+            score(never, **options)
+    for options, message in (
+        ({"draws": "3"}, "draws must be a whole number, got '3'"),
+        ({"draws": 1.5}, "draws must be a whole number, got 1.5"),
+        ({"lists": None}, "conditions must be a list of objects .* got None"),
+        ({"lists": 3}, "conditions must be a list of objects .* got 3"),
+        ({"lists": [3]}, "got 3"),
+        ({"judge": 5}, "judge must be of class SceneClassifier, or the name of one, got 5"),
+        ({"counter": None}, "counter must be of class ObjectCounter"),
+    ):
+        with pytest.raises(TypeError, match=message):
             score(never, **options)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.npy.*condgan prepare"):
         _read(tmp_path / "nowhere.npy")

@@ -221,6 +221,12 @@ def test_data_of_another_size_is_refused(data: Path, tmp_path: Path) -> None:
         train(data, tmp_path, large, device="cpu", progress=False)
 
 
+def test_the_name_of_a_preset_is_no_configuration(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"config must be a TrainConfig, such as PRESETS\['compact'\].*, got 'compact'"):
+        train(data, tmp_path / "run", "compact", device="cpu", progress=False)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_checkpoint_or_a_file_for_a_folder_says_what_to_do(data: Path, tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"is damaged .* delete it to start the run again"):
