@@ -21,8 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import condgan
-from condgan import IterativeGenerator, SceneClassifier, metrics
+from condgan import IterativeGenerator, ObjectCounter, SceneClassifier, Vocabulary, metrics
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns, random_source
 from condgan.functional import changed_region, encode_objects, roll_conditions
@@ -75,7 +74,7 @@ class Experiments:
 
     def add_row(self, name: str, asked: Scenes, pictures: Tensor, **more: float) -> None:
         """Judge pictures (N, 3, H, W), N a multiple of the number of lists: all draws of a list follow each other."""
-        vocabulary = condgan.Vocabulary(self.judge.config.objects)
+        vocabulary = Vocabulary(self.judge.config.objects)
         draws = len(pictures) // len(asked)
         objects = torch.stack([vocabulary.multi_hot(scene) for scene in asked]).repeat_interleave(draws, 0)
         pictures = from_uint8(to_uint8(pictures))  # as in a file
@@ -140,13 +139,7 @@ def repeated_objects(run: Experiments, count: int) -> None:
 
     The judge cannot count. So it is shown what the last turn changed, alone: the empty scene plus that difference.
     """
-    counter = None
-    if "counter" in condgan.list_pretrained(None):
-        from condgan.counter import ObjectCounter
-
-        counter = ObjectCounter.from_pretrained("counter")
-    else:
-        print("no counter ships with this version: repeated objects are not counted", file=sys.stderr)
+    counter = ObjectCounter.from_pretrained("counter")
     pairs = random_lists(run.names, count, 2, run.seed)
     for name, scenes in (
         ("two objects", pairs),
@@ -154,10 +147,8 @@ def repeated_objects(run: Experiments, count: int) -> None:
         ("an object, another, the first again", [[first, second, first] for first, second in pairs]),
     ):
         turns = run.draw(scenes)
-        more = {}
-        if counter is not None:
-            more["counted"] = float((counter.count(turns[:, -1]) == len(scenes[0])).double().mean())
-        run.add_row(name, [list(dict.fromkeys(scene)) for scene in scenes], turns[:, -1], **more)
+        counted = float((counter.count(turns[:, -1]) == len(scenes[0])).double().mean())
+        run.add_row(name, [list(dict.fromkeys(scene)) for scene in scenes], turns[:, -1], counted=counted)
         last = (turns[:, 0] + turns[:, -1] - turns[:, -2]).clamp(-1, 1)
         run.add_row(f"{name}: the last one alone", [scene[-1:] for scene in scenes], last)
 
