@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from benchmarks.measure import DTYPES, Row, interleaved, matrix_product, median, operations, ratio
 from benchmarks.plain import PlainTraining
 from condgan import DiffDiscriminator, IterativeGenerator
+from condgan.images import from_uint8
 from condgan.ranks import ALONE, Ranks
 from condgan.training import PRESETS, Trainer, TrainingScenes
 
@@ -50,7 +51,7 @@ def trainer(penalty_interval: int, num_scenes: int = SCENES, ranks: Ranks = ALON
 def run(rounds: int) -> Iterator[Row]:
     """All rows of this part."""
     data = random_scenes(SCENES)
-    images = torch.cat((torch.zeros(SCENES, 1, 3, 64, 64), data.pixels.float() / 127.5 - 1), 1)
+    images = torch.cat((torch.zeros(SCENES, 1, 3, 64, 64), from_uint8(data.pixels)), 1)
     ours, without = trainer(1), trainer(10**9)
     straight = PlainTraining(IterativeGenerator(), DiffDiscriminator(), images, F.one_hot(data.objects, 24).float())
     limit, multiplied = matrix_product([*DTYPES.values()][-1])

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.datasets import SceneDataset
 from condgan.functional import changed_region, local_mean
+from condgan.images import from_uint8
 from condgan.precision import autocast
 
 
@@ -67,7 +68,7 @@ class Pictures:
         """64 pictures, (64, 3, H, W) in [-1, 1], and what stands in them, (64, K)."""
         scenes = torch.randint(len(self.pixels), (64,), generator=rng)
         turns = torch.randint(self.pixels.shape[1], (64,), generator=rng)
-        images, targets = self.pixels[scenes, turns].float() / 127.5 - 1, self.targets[scenes, turns]
+        images, targets = from_uint8(self.pixels[scenes, turns]), self.targets[scenes, turns]
         if not composed:
             return images, targets
         images, targets = self._compose(images, targets, scenes, turns, rng)
@@ -131,7 +132,7 @@ def scene_targets(data: SceneDataset) -> Tensor:
 def score(model: SceneClassifier, data: SceneDataset) -> dict[str, float]:
     """Top-k accuracy (objects found / objects asked) and exact set at 0.5 over every picture of ``data``."""
     targets = scene_targets(data).flatten(0, 1)
-    probabilities = model.probabilities(data.pixels.flatten(0, 1).float() / 127.5 - 1)
+    probabilities = model.probabilities(from_uint8(data.pixels.flatten(0, 1)))
     found = 0.0
     for probability, target in zip(probabilities, targets, strict=True):
         found += float(target[probability.topk(int(target.sum())).indices].sum())
