@@ -22,7 +22,7 @@ from condgan.calibration import correct_first_turns, recalibrate
 from condgan.datasets import SceneDataset, augment_scene
 from condgan.functional import changed_region, pixel_distance, place_of_change, roll_conditions
 from condgan.prepare import prepare
-from condgan.training import TrainingScenes
+from condgan.training import FOUND_NOISE_STD, TrainingScenes
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder in the i-CLEVR layout")
@@ -86,7 +86,8 @@ for epoch in range(args.epochs):
 
 recalibrate(generator, F.one_hot(data.objects, len(data.vocabulary)).float())
 if generator.correction is not None and noise_encoder is not None:
-    first = TrainingScenes(data, generator, fit_canvas=False)
-    correct_first_turns(generator, noise_encoder, first.pixels[:, :2], first.objects[:, 0])
+    turns = TrainingScenes(data, generator, fit_canvas=False)
+    first = turns.pixels[:, :2], turns.objects[:, 0]
+    correct_first_turns(generator, noise_encoder, *first, noise=FOUND_NOISE_STD)
 generator.save_pretrained(args.out)
 print("wrote", args.out)
