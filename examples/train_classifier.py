@@ -19,6 +19,7 @@ from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.datasets import SceneDataset
 from condgan.functional import changed_region, local_mean
 from condgan.images import from_uint8
+from condgan.metrics import multilabel_accuracy
 from condgan.precision import autocast
 
 
@@ -133,11 +134,9 @@ def score(model: SceneClassifier, data: SceneDataset) -> dict[str, float]:
     """Top-k accuracy (objects found / objects asked) and exact set at 0.5 over every picture of ``data``."""
     targets = scene_targets(data).flatten(0, 1)
     probabilities = model.probabilities(from_uint8(data.pixels.flatten(0, 1)))
-    found = 0.0
-    for probability, target in zip(probabilities, targets, strict=True):
-        found += float(target[probability.topk(int(target.sum())).indices].sum())
+    accuracy = multilabel_accuracy(probabilities, targets)
     exact = ((probabilities > 0.5) == (targets > 0.5)).all(1).float().mean()
-    return {"pictures": len(targets), "accuracy": found / float(targets.sum()), "exact": float(exact)}
+    return {"pictures": len(targets), "accuracy": accuracy, "exact": float(exact)}
 
 
 def main() -> None:
