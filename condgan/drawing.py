@@ -196,7 +196,7 @@ def iterate_turns(
             drawn, place = draw_turn(turn, condition, image, rest, wanted)
         present = objects[:, turn].any(1)
         image, rest = round_turn(image, torch.where(present.to(weight.device)[:, None, None, None], drawn, image), rest)
-        yield image.cpu(), None if place is None else place.cpu().masked_fill(~present[:, None], math.nan)
+        yield image.cpu(), None if place is None else place.cpu().masked_fill(~present.cpu()[:, None], math.nan)
 
 
 def _normal(generator: SceneModel, rngs: Sequence[torch.Generator], *shape: int) -> Tensor:
