@@ -22,7 +22,8 @@ class Derived(Generic[MadeT]):
 
     Remembered on a CPU, without gradients: there making it takes a good part of the time that one picture takes.
     However a weight is changed, what is handed out is up to date: the weights are compared with a copy at every call,
-    but only at the first one inside a block of :func:`steady_weights`.
+    but only at the first one inside a block of :func:`steady_weights`. It is made without autocast, which some calls
+    have and others have not.
 
     Args:
         make: takes the weights.
@@ -40,7 +41,8 @@ class Derived(Generic[MadeT]):
         compared = block is not None and block is self._compared_in
         if known is None or not (compared or all(map(_same, known[0], weights))):
             copies = tuple(weight.detach().clone() for weight in weights)
-            self._known = known = copies, self._make(*(weight.detach() for weight in weights))
+            with torch.autocast("cpu", enabled=False):
+                self._known = known = copies, self._make(*(weight.detach() for weight in weights))
         self._compared_in = block
         return known[1]
 

@@ -202,7 +202,8 @@ def iterate_turns(
 def _normal(generator: SceneModel, rngs: Sequence[torch.Generator], *shape: int) -> Tensor:
     """Standard normal numbers (N, ...), every row from its own random source."""
     weight = next(generator.parameters())
-    return torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(weight.device, weight.dtype)
+    rows = [torch.randn(shape, generator=rng, dtype=torch.float32, device="cpu") for rng in rngs]
+    return torch.stack(rows).to(weight.device, weight.dtype)
 
 
 def _canvas_noise(generator: SceneModel, rngs: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -222,7 +223,7 @@ class TurnNoise(NamedTuple):
 
 def _turn_noise(generator: SceneModel, rngs: Sequence[torch.Generator]) -> TurnNoise:
     """The next turn's use of each random source; the same for models that do not know places."""
-    uniform = torch.stack([torch.rand(3, generator=rng) for rng in rngs])
+    uniform = torch.stack([torch.rand(3, generator=rng, dtype=torch.float32, device="cpu") for rng in rngs])
     return TurnNoise(uniform.to(next(generator.parameters()).device), _normal(generator, rngs, generator.z_dim))
 
 

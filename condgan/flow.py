@@ -194,7 +194,7 @@ def _journeys(x: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def _told(time: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What the first layer makes of the time (N, 1): (N, hidden)."""
-    phase = time * (math.pi * torch.arange(1, FREQUENCIES + 1, device=time.device))
+    phase = time * (math.pi * torch.arange(1, FREQUENCIES + 1, device=time.device, dtype=torch.float32))
     return F.linear(torch.cat((phase.sin(), phase.cos()), 1).to(time.dtype), weight, bias)
 
 
@@ -246,9 +246,8 @@ class ConditionalFlow(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, hidden_dim: int = 64, couplings: int = 8) -> None:
         super().__init__()
-        index = torch.arange(dim)
-        patterns = [index % 2 == 0, index % 2 == 1, index < dim // 2, index >= dim // 2]
-        self.register_buffer("kept", torch.stack([patterns[i % 4] for i in range(couplings)]), persistent=False)
+        self.register_buffer("kept", _kept(couplings, dim), persistent=False)
+        self.register_load_state_dict_post_hook(_restore_kept)  # type: ignore[no-untyped-call]
         self.couplings = nn.ModuleList()
         for _ in range(couplings):
             last = nn.Linear(hidden_dim, 2 * dim)
@@ -283,6 +282,18 @@ class ConditionalFlow(nn.Module):
         first, _, second, _, last = coupling  # as functions: so small, calls of modules take longer than the products
         weights = first.weight, first.bias, second.weight, second.bias, last.weight, last.bias
         return _affine(weights, torch.cat((kept_numbers, context), 1))
+
+
+def _kept(couplings: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """Which of K numbers each of L couplings keeps, (L, K) bool."""
+    index = torch.arange(dim, device=device)
+    patterns = [index % 2 == 0, index % 2 == 1, index < dim // 2, index >= dim // 2]
+    return torch.stack([patterns[i % 4] for i in range(couplings)])
+
+
+def _restore_kept(flow: ConditionalFlow, _: object) -> None:
+    """After weights were loaded: a flow made on the device ``meta`` has no masks, and no checkpoint has any."""
+    flow.kept = _kept(len(flow.couplings), flow.kept.shape[1], next(flow.couplings.parameters()).device)
 
 
 def _affine(weights: tuple[Tensor, ...], known: Tensor) -> tuple[Tensor, Tensor]:

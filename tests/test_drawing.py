@@ -135,6 +135,37 @@ def test_the_state_of_torch_makes_no_difference(compact: IterativeGenerator) -> 
         assert torch.equal(compact.generate("red cube", seed=1).tensor, first)
 
 
+def test_the_default_dtype_makes_no_difference(generator: IterativeGenerator) -> None:
+    first = generator.generate(SCENES[2], seed=1).tensor
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(copy.deepcopy(generator).generate(SCENES[2], seed=1).tensor, first)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_generator_draws_as_before_after_drawing_with_autocast(generator: IterativeGenerator) -> None:
+    first = generator.generate(SCENES[2], seed=1).tensor
+    other = IterativeGenerator(generator.config).eval()
+    other.load_state_dict(generator.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        other.generate(SCENES[2], seed=1)
+    assert torch.equal(other.generate(SCENES[2], seed=1).tensor, first)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_generator_that_was_built_without_memory_draws_what_it_loads(
+    generator: IterativeGenerator, assign: bool
+) -> None:
+    with torch.device("meta"):
+        other = IterativeGenerator(generator.config).eval()
+    if not assign:
+        for tensor in other.to_empty(device="cpu").buffers():
+            tensor.fill_(1)  # as likely as anything else
+    other.load_state_dict(generator.state_dict(), assign=assign)
+    assert torch.equal(other.generate(SCENES[2], seed=1).tensor, generator.generate(SCENES[2], seed=1).tensor)
+
+
 # Seeds
 
 
