@@ -32,6 +32,7 @@ from condgan.datasets import (
     read_objects,
 )
 from condgan.images import read_pixels, resize
+from condgan.requests import parse_whole
 from condgan.vocab import Vocabulary
 
 JOURNAL_SCENES = 200
@@ -227,7 +228,9 @@ def prepare(
         progress: show a progress bar on stderr.
 
     Raises:
-        DatasetError: the folder is not in the i-CLEVR layout, nothing in it is usable, or ``out`` cannot be written.
+        DatasetError: the folder is not in the i-CLEVR layout, nothing in it is usable, or ``out`` cannot be written or
+            would take the place of a file of somebody else's.
+        TypeError: ``image_size`` is not a whole number.
         ValueError: ``image_size`` is not positive.
 
     Files: the pictures, (S, T, 3, H, W) uint8 in C order, and beside them the index, a ``.json`` with the names of
@@ -235,8 +238,7 @@ def prepare(
     ``NAME.partial.npy`` and the number of finished scenes in ``NAME.partial.json``.
     """
     start = time.monotonic()
-    if image_size < 1:
-        raise ValueError(f"image_size must be a positive number of pixels, got {image_size}")
+    image_size = parse_whole("image_size", image_size, 1)
     layout = read_layout(data_dir)
     if not layout.scenes:
         raise DatasetError(
@@ -248,6 +250,7 @@ def prepare(
     fingerprint = _fingerprint(layout, image_size)
     outcome = _finished(path, fingerprint)
     if outcome is None:
+        _check_is_ours(path.with_suffix(".json"))
         try:
             outcome = _pack(path, layout, image_size, fingerprint, progress)
         except OSError as error:
@@ -313,6 +316,16 @@ def _finished(path: Path, fingerprint: str) -> _Outcome | None:
     if index.source.get("fingerprint") != fingerprint or not path.is_file() or file_sha256(path) != index.sha256:
         return None
     return _Outcome(index.sha256, frozenset(index.source["unreadable"]), already_prepared=True, resumed_scenes=0)
+
+
+def _check_is_ours(index: Path) -> None:
+    """Raise a DatasetError if other JSON is where the index goes, such as the labels of the folder."""
+    try:
+        content = json.loads(index.read_bytes())
+    except (OSError, ValueError):  # it is not there, or damaged
+        return
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DatasetError(f"{index} is in the way, where the index of the packed file goes: give another `out`")
 
 
 def _pack(path: Path, layout: SceneLayout, image_size: int, fingerprint: str, progress: bool) -> _Outcome:

@@ -301,9 +301,22 @@ def test_place_that_cannot_be_written_is_named(data_dir: Path, monkeypatch: pyte
         prepare(data_dir, progress=False)
 
 
+def test_labels_are_not_taken_for_an_index(data_dir: Path) -> None:
+    before = (data_dir / "train.json").read_bytes()
+    with pytest.raises(DatasetError, match=r"train\.json is in the way.*give another `out`"):
+        prepare(data_dir, image_size=8, out=data_dir / "train.npy", progress=False)
+    assert (data_dir / "train.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("image_size", [0, -64])
 def test_bad_image_size_is_named(data_dir: Path, image_size: int) -> None:
-    with pytest.raises(ValueError, match=f"image_size must be a positive number of pixels, got {image_size}"):
+    with pytest.raises(ValueError, match=f"image_size must be between 1 and .*, got {image_size}"):
+        prepare(data_dir, image_size=image_size, progress=False)
+
+
+@pytest.mark.parametrize("image_size", ["64", True, 64.0])
+def test_an_image_size_is_a_whole_number(data_dir: Path, image_size: Any) -> None:
+    with pytest.raises(TypeError, match=f"image_size must be a whole number, got {image_size!r}"):
         prepare(data_dir, image_size=image_size, progress=False)
 
 
