@@ -55,14 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: 2 for wrong usage, 0 after ``--help`` and ``--version``.
     """
     args = _parser().parse_args(argv)
-    rank = _rank()
-    name = args.parser.prog if rank == 0 else f"{args.parser.prog}, rank {rank}"
+    rank, name = 0, args.parser.prog
     try:
+        rank = _rank()
+        if rank:
+            name = f"{name}, rank {rank}"
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.showwarning = lambda message, *_, **__: print(f"{name}: warning: {message}", file=sys.stderr)
             report = args.run(args)
         if rank == 0:
-            print(json.dumps(report.data) if args.json else report.text, flush=True)
+            print(json.dumps(report.data, allow_nan=False) if args.json else report.text, flush=True)
     except KeyboardInterrupt:
         if rank == 0:
             print(f"{name}: interrupted{args.after_interrupt}", file=sys.stderr)
@@ -199,7 +201,7 @@ def _info(args: argparse.Namespace) -> Report:
     config = dataclasses.asdict(model.config)
     objects = config.pop("objects", ())  # a counter and a noise encoder know no names
     card_file = folder / hub.CARD_NAME
-    card = card_file.read_text(encoding="utf-8") if card_file.is_file() else ""
+    card = card_file.read_text(encoding="utf-8", errors="replace") if card_file.is_file() else ""
     data = {
         "model": name,
         "model_type": type(model).__name__,
@@ -397,19 +399,16 @@ def _written_whole(path: Path) -> Iterator[TextIO]:
     Raises:
         OSError: there is no such folder, or it cannot be written.
     """
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        file = partial.open("w", encoding="utf-8")
-    except OSError as error:
-        raise OSError(f"cannot write {str(path)!r} ({error.strerror}): give --out another place") from error
-    try:
-        with file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    from condgan.files import replacing
+
+    with contextlib.ExitStack() as stack:
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            file = stack.enter_context(stack.enter_context(replacing(path)).open("w", encoding="utf-8"))
+        except OSError as error:
+            raise OSError(f"cannot write {str(path)!r} ({error.strerror}): give --out another place") from error
+        yield file
 
 
 # --- the arguments ------------------------------------------------------------------------------------------------

@@ -237,7 +237,10 @@ def _draw_turn(
         for i, asked in enumerate(wanted):
             if asked is not None:
                 place[i] = torch.tensor(asked)
-    return generator(noise.z, condition, image, place, light), place
+    drawn = generator(noise.z, condition, image, place, light)
+    if not drawn.isfinite().all():
+        raise ValueError("the model draws NaN or infinity: its weights are damaged, load or train them again")
+    return drawn, place
 
 
 def draw(
@@ -253,9 +256,7 @@ def draw(
 ) -> Drawing:
     """What ``IterativeGenerator.generate`` and ``add`` do; see there."""
     num_images = parse_whole("num_images", num_images, 1)
-    best_of = parse_whole("best_of", best_of, 1)
-    if redraw not in get_args(Redraw):
-        raise ValueError(f"redraw must be 'picture' or 'turn', got {redraw!r}")
+    best_of = parse_best_of(best_of, redraw)
     first = parse_seed(seed)
     scenes, places = parse_request(generator, conditions, at)
     scenes = [scene for scene in scenes for _ in range(num_images)]
@@ -276,6 +277,18 @@ def draw(
     if best.places is not None:
         where = [_known_places(*scene) for scene in zip(asked, best.places.tolist(), strict=True)]
     return Drawing(scenes, best.seeds, where, best.images, best.scores, best.draws, again)
+
+
+def parse_best_of(best_of: object, redraw: object) -> int:
+    """How many candidates there are of what ``redraw`` names; both from a user.
+
+    Raises:
+        TypeError: ``best_of`` is not a whole number.
+        ValueError: it is not positive, or ``redraw`` is none of :data:`Redraw`.
+    """
+    if redraw not in get_args(Redraw):
+        raise ValueError(f"redraw must be 'picture' or 'turn', got {redraw!r}")
+    return parse_whole("best_of", best_of, 1)
 
 
 def _one_each(start: Tensor | None, scenes: Sequence[object]) -> Tensor | None:

@@ -110,10 +110,20 @@ ALONE = Ranks()
 
 
 def launched() -> tuple[int, int]:
-    """Number of this process among those that ``torchrun`` has started, and how many these are; 0 and 1 if alone."""
+    """Number of this process among those that ``torchrun`` has started, and how many these are; 0 and 1 if alone.
+
+    Raises:
+        ValueError: the variables ``RANK`` and ``WORLD_SIZE`` say something else.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, count = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+        raise ValueError(
+            "the variables RANK and WORLD_SIZE must be whole numbers, RANK from 0 to WORLD_SIZE - 1, "
+            f"got {rank!r} and {count!r}: set both, or unset both to work alone"
+        )
+    return int(rank), int(count)
 
 
 @contextlib.contextmanager

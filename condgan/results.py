@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from condgan import images as pictures
 from condgan.classifier import SceneClassifier
-from condgan.requests import Place
+from condgan.files import replacing
+from condgan.requests import Place, parse_whole
 from condgan.vocab import Vocabulary
 
 VERIFIER_SIZE = 64
@@ -118,7 +118,9 @@ class Drawing:
 
         Raises:
             OSError: the folder is not there or cannot be written.
-            ValueError: the ending of ``path`` is not that of a picture format that can be written.
+            TypeError: ``index`` is not a whole number.
+            ValueError: the ending of ``path`` is not that of a picture format that can be written, or there is no
+                picture ``index``.
         """
         path = Path(path)
         if index is None and len(self.seeds) > 1:
@@ -126,7 +128,9 @@ class Drawing:
             for i, file in enumerate(files):
                 self.save(file, i)
             return files
-        index = index or 0
+        index = 0 if index is None else parse_whole("index", index, 0)
+        if index >= len(self.seeds):
+            raise ValueError(f"index must be below {len(self.seeds)}, the number of pictures, got {index}")
         save_image(pictures.to_pil(self.tensor[index]), path, self.metadata(index))
         return [path]
 
@@ -183,26 +187,27 @@ class Turn:
 
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, object]) -> None:
-    """Write a picture under a temporary name, then rename it; PNG text field ``condgan`` holds ``metadata`` as JSON."""
+    """Write a picture, whole or not at all; the PNG text field ``condgan`` holds ``metadata`` as JSON."""
     picture_format = Image.registered_extensions().get(path.suffix.lower())
     if picture_format not in Image.SAVE:
         raise ValueError(f"path must end like a picture file, such as scene.png, got {str(path)!r}")
     text = PngInfo()
     text.add_text("condgan", json.dumps(metadata))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    content = io.BytesIO()  # not yet a file, so that what goes wrong is not to be blamed on its folder
     try:
-        image.save(partial, picture_format, **({"pnginfo": text} if picture_format == "PNG" else {}))
-        os.replace(partial, path)
+        image.save(content, picture_format, **({"pnginfo": text} if picture_format == "PNG" else {}))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} is of a format that cannot hold this picture ({error}): choose another, such as scene.png"
+        ) from error
+    try:
+        with replacing(path) as partial:
+            partial.write_bytes(content.getvalue())
     except OSError as error:
         raise OSError(
             f"cannot write {str(path)!r} ({error.strerror or error}): "
             "the folder must be there, be yours to write and have space"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is of a format that cannot hold this picture: {error}") from error
-    finally:
-        with suppress(OSError):  # it is there only if writing failed
-            partial.unlink()
 
 
 @lru_cache(maxsize=1)
@@ -211,8 +216,12 @@ def _verifier() -> SceneClassifier:
 
 
 def _seen_objects(images: Tensor) -> Tensor:
-    """The verifier's probability (N, K) of every object in pictures (N, 3, H, W) of any size, float64 on the CPU."""
-    return _verifier().probabilities(pictures.resize(images, VERIFIER_SIZE)).double().cpu()
+    """The verifier's probability (N, K) of every object in pictures (N, 3, H, W) of any size, float64 on the CPU.
+
+    As in drawing, pictures on a CPU pass one at a time: the last bits do not depend on those beside it.
+    """
+    parts = pictures.resize(images, VERIFIER_SIZE).split(1 if images.device.type == "cpu" else len(images))
+    return torch.cat([_verifier().probabilities(part) for part in parts]).double().cpu()
 
 
 def _verifier_objects(scenes: Sequence[Sequence[str]]) -> list[list[int]]:

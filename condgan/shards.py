@@ -7,7 +7,7 @@ import hashlib
 import io
 import itertools
 import json
-import os
+import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from condgan.drawing import Redraw
+from condgan.drawing import Redraw, parse_best_of
+from condgan.files import replacing
 from condgan.models import IterativeGenerator
 from condgan.requests import MAX_SEED, Place, parse_request, parse_whole
 from condgan.results import Drawing
@@ -102,11 +103,16 @@ def draw_set(
     Raises:
         OSError: the list cannot be read, or the folder cannot be written.
         TypeError: an argument has the wrong type.
-        ValueError: a line is wrong, which the message names; the list is empty; or ``out`` holds another set.
+        ValueError: an argument is out of range; a line is wrong, which the message names; the list is empty; or ``out``
+            holds another set.
     """
     source, out = Path(source), Path(out)
     num_images = parse_whole("num_images", num_images, 1)
     seed, shard_size = parse_whole("seed", seed, 0), parse_whole("shard_size", shard_size, 1)
+    best_of, count = parse_best_of(best_of, redraw), parse_whole("count", count, 1)
+    rank = parse_whole("rank", rank, 0)
+    if rank >= count:
+        raise ValueError(f"rank must be below count, which is {count}: processes are numbered from 0, got {rank}")
     total = sum(1 for _ in _asked(generator, source, num_images, seed))
     if total == 0:
         raise ValueError(f'{str(source)!r} has no lines: write one scene a line, such as ["red cube"]')
@@ -132,7 +138,11 @@ def draw_set(
 def _asked(generator: IterativeGenerator, source: Path, num_images: int, seed: int) -> Iterator[Asked]:
     """The pictures of a list, one after the other; only one line is in memory."""
     index = 0
-    with source.open("rb") as file:
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise OSError(f"source (--from): cannot read {str(source)!r} ({error.strerror}): check the path") from error
+    with file:
         for line_number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -212,15 +222,10 @@ def _tar(out: Path, shard: int) -> Path:
 @contextlib.contextmanager
 def _new_tar(path: Path) -> Iterator[tarfile.TarFile]:
     """A tar file that gets its name when the block ends well; what a killed process left of it is removed."""
-    for left in path.parent.glob(f".{path.name}.*.partial"):
-        left.unlink(missing_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with tarfile.open(partial, "w") as tar:
-            yield tar
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    for left in path.parent.glob(f".{path.name}-*"):
+        shutil.rmtree(left)
+    with replacing(path) as partial, tarfile.open(partial, "w") as tar:
+        yield tar
 
 
 def _claim(out: Path, description: dict[str, object]) -> None:
@@ -234,9 +239,8 @@ def _claim(out: Path, description: dict[str, object]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            partial = out / f".{DESCRIPTION}.{os.getpid()}.partial"
-            partial.write_text(json.dumps(description, indent=2) + "\n")
-            os.replace(partial, file)  # every process of this set writes the same
+            with replacing(file) as partial:  # every process of this set writes the same
+                partial.write_text(json.dumps(description, indent=2) + "\n")
     except OSError as error:
         raise OSError(f"out: cannot write {str(file)!r} ({error.strerror}): choose another folder") from None
     try:

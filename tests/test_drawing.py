@@ -166,6 +166,19 @@ def test_a_generator_that_was_built_without_memory_draws_what_it_loads(
     assert torch.equal(other.generate(SCENES[2], seed=1).tensor, generator.generate(SCENES[2], seed=1).tensor)
 
 
+def test_a_model_that_draws_no_numbers_says_so(generator: IterativeGenerator) -> None:
+    generator = copy.deepcopy(generator)
+    assert generator.conv.bias is not None
+    generator.conv.bias.data.fill_(torch.nan)
+    for draw in (
+        generator.generate,
+        lambda scene: generator.generate(scene, best_of=2, redraw="turn"),
+        lambda scene: [*generator.stream(scene)],
+    ):
+        with pytest.raises(ValueError, match="the model draws NaN or infinity: its weights are damaged"):
+            draw(SCENES[1])
+
+
 # Seeds
 
 

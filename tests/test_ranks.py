@@ -20,7 +20,7 @@ from safetensors import safe_open
 from tiny import RUN
 
 from condgan import training
-from condgan.ranks import ALONE, GlobalBatchNorm, Ranks, joined, own_device
+from condgan.ranks import ALONE, GlobalBatchNorm, Ranks, joined, launched, own_device
 from condgan.runs import CHECKPOINT, train
 from condgan.training import _own_parts
 
@@ -146,6 +146,14 @@ def test_every_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.M
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(ValueError, match="process 4 of this machine has none of its 4 GPUs"):
         own_device()
+
+
+@pytest.mark.parametrize(("rank", "count"), [("2", "2"), ("0", "0"), ("x", "2"), ("0", "2.0"), ("-1", "2"), ("0", "")])
+def test_wrong_numbers_of_processes_are_named(monkeypatch: pytest.MonkeyPatch, rank: str, count: str) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    with pytest.raises(ValueError, match=f"RANK and WORLD_SIZE must be .*, got '{rank}' and '{count}': set both"):
+        launched()
 
 
 def reached(out: Path) -> int:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -158,15 +157,40 @@ def test_a_write_that_fails_leaves_the_old_file(
     result.save(tmp_path / "scene.png")
     before = (tmp_path / "scene.png").read_bytes()
 
-    def run_out_of_space(self: Image.Image, path: Path, *args: Any, **options: Any) -> None:
-        path.write_bytes(before[:10])
+    def run_out_of_space(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", run_out_of_space)
+    monkeypatch.setattr(Path, "write_bytes", run_out_of_space)
     with pytest.raises(OSError, match=r"cannot write '.*scene\.png' \(No space left on device\): the folder must"):
         result.save(tmp_path / "scene.png")
     assert (tmp_path / "scene.png").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["scene.png"]
+
+
+@pytest.mark.parametrize("ending", ["h5", "xbm"])
+def test_a_format_that_cannot_be_written_is_not_blamed_on_the_folder(
+    compact: IterativeGenerator, tmp_path: Path, ending: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"scene\.{ending}' is of a format that cannot hold .*choose another"):
+        compact.generate("red cube").save(tmp_path / f"scene.{ending}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (2, ValueError, "index must be below 2, the number of pictures, got 2"),
+        (-1, ValueError, "index must be between 0 and"),
+        (True, TypeError, "index must be a whole number, got True"),
+    ],
+)
+def test_only_pictures_that_are_there_are_written(
+    compact: IterativeGenerator, tmp_path: Path, index: int, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        compact.generate("red cube", num_images=2).save(tmp_path / "scene.png", index=index)
 
 
 # The verifier
@@ -228,6 +252,15 @@ def test_best_of_is_the_same_alone_and_in_a_batch(compact: IterativeGenerator, v
     alone = compact.generate(["red cube"], seed=3, best_of=3)
     assert alone.seeds == batch.seeds[2:]
     assert torch.equal(alone.tensor[0], batch.tensor[2])
+
+
+def test_scores_are_the_same_alone_and_in_a_batch_bit_for_bit(compact: IterativeGenerator) -> None:
+    batch = compact.generate(SCENES, seed=1, best_of=2)
+    for i, scene in enumerate(SCENES):
+        alone = compact.generate(scene, seed=1 + i, best_of=2)
+        assert alone.scores is not None and batch.scores is not None
+        assert alone.scores[0] == batch.scores[i]
+        assert alone.verify()[0] == batch.verify()[i]
 
 
 def test_best_of_one_asks_nobody(compact: IterativeGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +446,7 @@ def test_verify_says_of_each_asked_object_whether_it_was_found(
 ) -> None:
     result = compact.generate(SCENES, seed=1)
     report = result.verify()
-    probabilities = verifier.probabilities(result.tensor)
+    probabilities = torch.cat([verifier.probabilities(image[None]) for image in result.tensor])
     found = []
     for scene, row, p in zip(SCENES, report, probabilities, strict=True):
         assert list(row) == scene

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -104,7 +105,8 @@ def test_what_is_done_is_not_drawn_again(
         patch.setattr(shards, "_write", stop_in_the_second)
         draw_set(compact, source, out, seed=5, shard_size=3, progress=False)
     assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "set.json"]
-    (out / ".00001.tar.12345.partial").write_bytes(b"what kill -9 leaves")
+    (out / ".00001.tar-x7z").mkdir()
+    (out / ".00001.tar-x7z/00001.tar").write_bytes(b"what kill -9 leaves")
     report = draw_set(compact, source, out, seed=5, shard_size=3, progress=False)
     assert (report.drawn, report.skipped) == (4, 3)
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
@@ -155,8 +157,32 @@ def test_a_folder_of_another_set_is_refused(compact: IterativeGenerator, whole: 
         draw_set(compact, write_list(tmp_path, [""]), tmp_path / "empty", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"best_of": 0}, ValueError, "best_of must be between 1"),
+        ({"redraw": "scene"}, ValueError, "redraw must be 'picture' or 'turn', got 'scene'"),
+        ({"count": 0}, ValueError, "count must be between 1"),
+        ({"rank": 2, "count": 2}, ValueError, "rank must be below count, which is 2"),
+        ({"rank": -1}, ValueError, "rank must be between 0"),
+        ({"rank": "0"}, TypeError, "rank must be a whole number"),
+    ],
+)
+def test_wrong_arguments_leave_no_folder_behind(
+    arguments: dict[str, Any], error: type[Exception], message: str, compact: IterativeGenerator, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        draw_set(compact, write_list(tmp_path), tmp_path / "out", progress=False, **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_list_that_is_not_there_is_named(compact: IterativeGenerator, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"source \(--from\): cannot read '.*none' \(No such file or directory\)"):
+        draw_set(compact, tmp_path / "none", tmp_path / "out", progress=False)
+
+
 def test_scores_of_best_of_are_kept(compact: IterativeGenerator, tmp_path: Path) -> None:
-    draw_set(compact, write_list(tmp_path, ['["red cube"]']), tmp_path / "out", best_of=2, progress=False)
+    draw_set(compact, write_list(tmp_path, ['["red cube"]']), tmp_path / "out", best_of=np.int64(2), progress=False)
     known = json.loads(contents(tmp_path / "out")[1][1])
     drawing = compact.generate(["red cube"], seed=0, best_of=2)
     assert drawing.scores is not None

@@ -1,0 +1,24 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of ``path`` when the block ends well; otherwise it is removed.
+
+    It lies in a folder of its own beside ``path``, ``.NAME-...``, which only a process that is killed leaves behind.
+
+    Raises:
+        OSError: the folder of ``path`` is not there or cannot be written, or ``path`` is a folder.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}-", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        yield partial
+        os.replace(partial, path)
