@@ -5,6 +5,7 @@ All are pure but :func:`evaluating`, which switches a network to eval mode for a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -159,6 +160,8 @@ def rollout(
         raise ValueError(f"z must be ({n}, {turns}, Z) or ({n}, Z), got {tuple(z.shape)}")
     if start.ndim not in (3, 4) or (start.ndim == 4 and len(start) not in (1, n)):
         raise ValueError(f"start must be ({n}, 3, H, W) or (3, H, W), got {tuple(start.shape)}")
+    if not start.is_floating_point():
+        raise ValueError(f"start must be floating point in [-1, 1], got {start.dtype}")
     if start.numel() and start.abs().amax() > 1 + RANGE_TOLERANCE:
         raise ValueError(f"start must be in [-1, 1], got values up to {start.abs().amax():.4g} in size")
     if rest is not None and rest.shape != (n, *start.shape[-3:]):
@@ -368,14 +371,29 @@ class Switchable(Protocol):
     def train(self, mode: bool = True) -> object: ...
 
 
+_switching = threading.Lock()
+_switched: dict[nn.Module, int] = {}
+"""What blocks of :func:`evaluating` have put in eval mode; in how many blocks, of all threads, each is."""
+
+
 @contextmanager
 def evaluating(module: Switchable) -> Iterator[None]:
-    """Eval mode inside the block; after it every submodule is in the mode that it was in."""
-    learning = [part for part in module.modules() if part.training]
-    if learning:
-        module.train(False)
+    """Eval mode inside the block; after it every submodule is in the mode that it was in.
+
+    Of several threads that have a module in such a block, the last one to leave it switches back.
+    """
+    with _switching:
+        learning = [part for part in module.modules() if part.training or part in _switched]
+        for part in learning:
+            _switched[part] = _switched.get(part, 0) + 1
+        if learning:
+            module.train(False)
     try:
         yield
     finally:
-        for part in learning:
-            part.training = True
+        with _switching:
+            for part in learning:
+                _switched[part] -= 1
+                if _switched[part] == 0:
+                    del _switched[part]
+                    part.training = True

@@ -354,6 +354,7 @@ def test_any_generator_of_the_signature_can_be_rolled_out() -> None:
         ({"start": torch.zeros(3, 3, 16, 16)}, r"prev_image must be \(N, 3, 32, 32\), got \(3, 3, 16, 16\)"),
         ({"start": torch.full((3, 32, 32), math.nan)}, "start holds NaN"),
         ({"start": torch.full((3, 32, 32), 255.0)}, r"start must be in \[-1, 1\], got values up to 255"),
+        ({"start": torch.zeros(3, 32, 32, dtype=torch.uint8)}, r"start must be floating point in .* got torch.uint8"),
         ({"rest": torch.rand(3, 1, 1)}, r"rest must be \(3, 3, 32, 32\), got \(3, 1, 1\)"),
         ({"places": torch.zeros(3, 2)}, r"places must be \(3, 3, 2\), got \(3, 2\)"),
         ({"places": torch.full((3, 3, 2), math.nan)}, "places holds NaN"),
@@ -649,4 +650,17 @@ def test_evaluating_gives_modes_back_after_an_error() -> None:
     with pytest.raises(KeyError), evaluating(module):
         assert not any(part.training for part in module.modules())
         raise KeyError
+    assert [part.training for part in module.modules()] == [True, True, False]
+
+
+def test_a_module_that_several_evaluate_learns_again_when_the_last_is_done() -> None:
+    """As two threads that draw with one generator do."""
+    module = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))
+    module[1].eval()
+    first, second = evaluating(module), evaluating(module)
+    for block in (first, second):
+        block.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(part.training for part in module.modules())
+    second.__exit__(None, None, None)
     assert [part.training for part in module.modules()] == [True, True, False]
