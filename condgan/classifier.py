@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from condgan.functional import evaluating
 from condgan.hub import CheckpointError, PretrainedModel
+from condgan.images import check_range
 from condgan.vocab import ICLEVR_OBJECTS
 
 
@@ -31,6 +32,10 @@ class SceneClassifierConfig:
     """``average``: mean over space, then ``fc``; ``evidence``: ``fc`` at every cell, then log-sum-exp over cells."""
     objects: tuple[str, ...] = ICLEVR_OBJECTS
     """The vocabulary: names in the order of the output."""
+
+    def __post_init__(self) -> None:
+        if not self.widths or len(self.widths) != len(self.blocks):
+            raise ValueError(f"widths and blocks need one entry a stage each, got {self.widths} and {self.blocks}")
 
 
 class SceneClassifier(PretrainedModel):
@@ -57,8 +62,6 @@ class SceneClassifier(PretrainedModel):
         from torchvision.models.resnet import BasicBlock, conv1x1  # slow to import, hence not at the top
 
         self.config = config = config or SceneClassifierConfig()
-        if len(config.widths) != len(config.blocks):
-            raise ValueError(f"widths and blocks need one entry a stage each, got {config.widths} and {config.blocks}")
         channels = config.widths[0]
         imagenet = config.stem == "imagenet"
         self.conv1 = nn.Conv2d(3, channels, 7 if imagenet else 3, 2, 3 if imagenet else 1, bias=False)
@@ -105,10 +108,10 @@ class SceneClassifier(PretrainedModel):
             batch_size: pictures that pass the network at once.
 
         Raises:
-            ValueError: ``images`` is not of this shape and kind.
+            TypeError: ``images`` is not a tensor.
+            ValueError: it is not of this shape and kind, not finite or not in [-1, 1].
         """
-        if not images.is_floating_point():
-            raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
+        check_range("images", images)
         weight = self.fc.weight
         with evaluating(self):
             chunks = [self(chunk.to(weight.device, weight.dtype)) for chunk in images.split(batch_size)]

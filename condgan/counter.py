@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from condgan.functional import evaluating
 from condgan.hub import PretrainedModel
+from condgan.images import check_range
 
 STRIDE = 2
 """Side of a cell of the heat map in pixels."""
@@ -115,10 +116,10 @@ class ObjectCounter(PretrainedModel):
             and y down, pixel centres at whole numbers. n may be 0.
 
         Raises:
-            ValueError: ``images`` is not of this shape and kind.
+            TypeError: ``images`` is not a tensor.
+            ValueError: it is not of this shape and kind, not finite or not in [-1, 1].
         """
-        if not images.is_floating_point():
-            raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
+        check_range("images", images)
         weight = next(self.parameters())
         with evaluating(self):
             chunks = [self(chunk.to(weight.device, weight.dtype)) for chunk in images.split(batch_size)]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 ROUNDING = 1e-4
@@ -156,7 +156,7 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 def read_pixels(path: str | Path) -> Tensor:
-    """The picture in a file to (3, H, W) uint8, in the size it has. See :func:`to_rgb`.
+    """The picture in a file to (3, H, W) uint8, in the size it has, upright as a camera has noted. See :func:`to_rgb`.
 
     Raises:
         FileNotFoundError: there is no file at the path.
@@ -166,6 +166,7 @@ def read_pixels(path: str | Path) -> Tensor:
         raise FileNotFoundError(f"image: there is no file {str(path)!r}")
     try:
         with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
             return _pixels(image)
     except Exception as error:  # by the kind of damage Pillow raises any of a dozen
         raise ValueError(f"image: {str(path)!r} is not a readable picture ({error})") from error
@@ -215,14 +216,30 @@ def load_image(image: Image.Image | str | Path | NDArray[Any] | Tensor, image_si
         tensor = from_uint8(tensor)
     elif not tensor.is_floating_point():
         raise ValueError(f"image: a tensor must be floating point in [-1, 1] or uint8, got {tensor.dtype}")
-    elif not (tensor.isfinite().all() and tensor.abs().max() <= 1 + ROUNDING):
-        raise ValueError(
-            "image: a tensor must be finite and in [-1, 1], got "
-            f"{tensor.min().item():.5g} to {tensor.max().item():.5g}; "
-            "scale it first, e.g. `image / 127.5 - 1` for 0 to 255"
-        )
+    else:
+        check_range("image: a tensor", tensor)
     # contiguous, since the last bits of a convolution depend on the memory layout
     return resize(tensor.float()[None], image_size)[0].clamp(-1, 1).contiguous()
+
+
+def check_range(name: str, images: Tensor) -> None:
+    """Raise unless this is a tensor of pictures, of any shape, as networks read them; ``name`` is what errors call it.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it is not floating point, or not finite and in [-1, 1] up to rounding.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor in [-1, 1], which images.load_image makes, got {type(images).__name__}"
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"{name} must be floating point in [-1, 1], got {images.dtype}")
+    if images.numel() and not images.abs().amax() <= 1 + ROUNDING:  # NaN fails too
+        raise ValueError(
+            f"{name} must be finite and in [-1, 1], got {images.min().item():.5g} to {images.max().item():.5g}; "
+            "scale it first, e.g. `image / 127.5 - 1` for 0 to 255"
+        )
 
 
 def grid(images: Sequence[Image.Image], columns: int, margin: int = 2) -> Image.Image:

@@ -173,6 +173,8 @@ def test_probabilities_are_float32_without_a_gradient(classifier: SceneClassifie
         assert not found.requires_grad
     with pytest.raises(ValueError, match=r"floating point in \[-1, 1\], got torch.uint8"):
         classifier.probabilities(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"images must be finite and in \[-1, 1\], got 0 to 255; scale it first"):
+        classifier.probabilities(torch.tensor([0.0, 255.0]).expand(1, 3, 8, 2))
 
 
 def test_no_pictures_have_no_probabilities(classifier: SceneClassifier) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from scenes import write_iclevr_layout
 from torch import Tensor
 
@@ -82,6 +83,17 @@ def test_pictures_of_another_shape_are_refused(counter: ObjectCounter, shape: tu
 def test_pictures_of_bytes_are_refused(counter: ObjectCounter) -> None:
     with pytest.raises(ValueError, match=r"floating point in \[-1, 1\], got torch.uint8"):
         counter.count(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.01, -255.0])
+def test_pictures_of_values_that_no_picture_has_are_refused(counter: ObjectCounter, value: float) -> None:
+    with pytest.raises(ValueError, match=r"images must be finite and in \[-1, 1\], got"):
+        counter.places(torch.full((1, 3, 8, 8), value))
+
+
+def test_what_is_no_tensor_is_refused(counter: ObjectCounter) -> None:
+    with pytest.raises(TypeError, match=r"images must be a tensor .* images\.load_image makes, got Image"):
+        counter.count(Image.new("RGB", (64, 64)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("values", [{"widths": ()}, {"blocks": 0}, {"threshold": 0.0}, {"threshold": 1.0}])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from condgan.images import (
@@ -236,6 +236,15 @@ def test_files_are_read_as_their_pictures(tmp_path: Path, ending: str) -> None:
 def test_a_file_of_16_bits_is_scaled(tmp_path: Path) -> None:
     Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / "a.png")
     assert torch.equal(read_pixels(tmp_path / "a.png")[1], torch.from_numpy(GRAY))
+
+
+def test_a_photo_is_read_as_its_camera_was_held(tmp_path: Path) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    upright = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
+    assert torch.equal(read_pixels(tmp_path / "a.png"), torch.from_numpy(upright.copy()).permute(2, 0, 1))
 
 
 def test_a_path_without_a_file_is_named(tmp_path: Path) -> None:
