@@ -104,7 +104,8 @@ def read_objects(path: str | Path) -> Vocabulary:
     """The vocabulary of an ``objects.json``, a dict from lower-case name to index 0 ... K-1.
 
     Raises:
-        DatasetError: the file is missing or malformed, or its indices are not 0 ... K-1, each once.
+        DatasetError: the file is missing or malformed, its indices are not 0 ... K-1, each once, or a name is not in
+            lower case with single spaces.
     """
     path = Path(path)
     content = read_json(path)
@@ -115,16 +116,10 @@ def read_objects(path: str | Path) -> Vocabulary:
             f"{path}: the indices of {len(content)} objects must be 0 to {len(content) - 1}, each once, "
             f"got {[*content.values()]!r:.120}"
         )
-    names = sorted(content, key=content.__getitem__)
-    vocabulary = Vocabulary(names)
-    for index, name in enumerate(names):
-        try:
-            parsed = vocabulary.parse(name)
-        except ValueError:
-            parsed = -1
-        if parsed != index:
-            raise DatasetError(f'{path}: write {name!r} in lower case with single spaces, and "gray" for "grey"')
-    return vocabulary
+    try:
+        return Vocabulary(sorted(content, key=content.__getitem__))
+    except ValueError as error:
+        raise DatasetError(f"{path}: {error}") from error
 
 
 # --- the packed file ----------------------------------------------------------------------------------------------
@@ -298,7 +293,7 @@ def read_index(path: Path) -> PackedIndex:
         objects = torch.tensor(ids, dtype=torch.long)
         image_size = int(index["image_size"])
         source = dict(index.get("source", {}))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise DatasetError(f"the index {path} is damaged ({error}): run `condgan prepare` again") from error
     return PackedIndex(image_size, vocabulary, names, objects, index.get("sha256"), source)
 

@@ -123,7 +123,7 @@ class PretrainedModel(nn.Module):
         try:
             with torch.random.fork_rng(devices=[]):
                 model = cls(config).float()
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # such as a width of 10**20
             raise CheckpointError(f"{path} does not describe a model: {error}") from error
         _load_weights(model, folder)
         return model.to(map_location).eval()
@@ -338,12 +338,15 @@ def _hub_errors(action: str, repo_id: str, revision: str | None) -> Iterator[Non
 
     login = "pass token= or run `hf auth login`"
     absent = f"there is no such repository on the hub, nor a folder of that name here: check it; if private, {login}."
-    uncached = "it is not in the cache, and the hub does not answer or offline mode is on (local_files_only or"
+    uncached = (
+        "it is not in the cache, nor is there a folder of that name here, and the hub does not answer or offline mode "
+        "is on (local_files_only or HF_HUB_OFFLINE): check the connection and these, or the path."
+    )
     advice: tuple[tuple[type[Exception], str], ...] = (  # the first that fits: subclasses come before their bases
         (errors.GatedRepoError, f"it is gated: ask for access on its page, then {login}."),
         (errors.RepositoryNotFoundError, absent),
         (errors.RevisionNotFoundError, f"it has no revision {revision!r}: check the branch, tag or commit."),
-        (errors.LocalEntryNotFoundError, f"{uncached} HF_HUB_OFFLINE): check the connection and these."),
+        (errors.LocalEntryNotFoundError, uncached),
         (errors.EntryNotFoundError, f"it has no such file. A checkpoint is {CONFIG_NAME} with {WEIGHTS_NAME}."),
         (errors.OfflineModeIsEnabled, "offline mode is on: unset HF_HUB_OFFLINE."),
         (errors.HFValidationError, "a hub id looks like 'org/repo'."),

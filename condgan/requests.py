@@ -78,7 +78,7 @@ def parse_places(at: object, scenes: list[list[str]], batched: bool, image_size:
                 row.append(None)
                 continue
             try:
-                x, y = (float(value) for value in entry if not isinstance(value, str))
+                x, y = (_number(value) for value in entry)
             except (TypeError, ValueError):
                 raise ValueError(f"at needs {example}; got the entry {entry!r}") from None
             if not (0 <= x <= image_size - 1 and 0 <= y <= image_size - 1):  # False for NaN too
@@ -88,6 +88,12 @@ def parse_places(at: object, scenes: list[list[str]], batched: bool, image_size:
             row.append((x, y))
         result.append(row)
     return result
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):  # which Python would read as one
+        raise TypeError
+    return float(value)
 
 
 def parse_whole(name: str, value: Any, low: int) -> int:

@@ -22,7 +22,7 @@ class Vocabulary:
 
     Raises:
         TypeError: ``names`` is not a sequence of strings.
-        ValueError: ``names`` is empty or repeats a name.
+        ValueError: ``names`` is empty, repeats a name, or has one that is spelled in another way.
 
     Example:
         >>> Vocabulary().parse("Grey  CUBE")
@@ -30,12 +30,15 @@ class Vocabulary:
     """
 
     def __init__(self, names: Sequence[str] = ICLEVR_OBJECTS) -> None:
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"names must be a sequence of strings, got {names!r}")
         self.names = tuple(names)
+        if isinstance(names, str) or not all(isinstance(name, str) for name in self.names):
+            raise TypeError(f"names must be a sequence of strings, got {names!r}")
         self._ids = {name: index for index, name in enumerate(self.names)}
-        if not self.names or len(self._ids) != len(self.names):
-            raise ValueError(f"names must be non-empty and unique, got {list(names)!r}")
+        if not self.names or "" in self._ids or len(self._ids) != len(self.names):
+            raise ValueError(f"names must be non-empty and unique, got {list(self.names)!r}")
+        for name in self.names:
+            if name != _canonical(name):
+                raise ValueError(f'names: write {name!r} in lower case with single spaces, and "gray" for "grey"')
 
     @property
     def shapes(self) -> tuple[str, ...]:
@@ -57,7 +60,7 @@ class Vocabulary:
         """
         if not isinstance(name, str):
             raise TypeError(f'an object is named by a string such as "{self.names[0]}", got {name!r}')
-        key = " ".join("gray" if word == "grey" else word for word in name.lower().split())
+        key = _canonical(name)
         if key in self._ids:
             return self._ids[key]
         close = difflib.get_close_matches(key, self.names, n=1, cutoff=0.0)[0]
@@ -81,3 +84,8 @@ class Vocabulary:
         if objects.shape != (len(self),):
             raise ValueError(f"objects must be ({len(self)},), got {tuple(objects.shape)}")
         return [name for name, value in zip(self.names, objects.tolist(), strict=True) if value > 0.5]
+
+
+def _canonical(name: str) -> str:
+    """The one spelling of a name."""
+    return " ".join("gray" if word == "grey" else word for word in name.lower().split())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -485,7 +487,51 @@ def test_a_list_with_a_wrong_line_is_one_line_of_error(run: Run, monkeypatch: py
     assert "none.jsonl" in outcome.err
 
 
+@pytest.mark.parametrize(("rank", "count"), [("2", "2"), ("0", "0"), ("x", "2")])
+def test_wrong_numbers_of_processes_are_one_line_of_error(
+    run: Run, monkeypatch: pytest.MonkeyPatch, rank: str, count: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    outcome = run("info")
+    assert (outcome.status, outcome.out) == (1, "")
+    assert re.fullmatch(r"condgan info: error: the variables RANK and WORLD_SIZE must [^\n]+\n", outcome.err)
+
+
+def test_what_json_cannot_say_is_an_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_list", lambda args: cli.Report({"score": math.nan}, ""))
+    outcome = run("list", "--json")
+    assert (outcome.status, outcome.out) == (1, "")
+
+
 # --- info and list ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("iclevr-64", {"width": 10**20}),
+        ("iclevr-64", {"objects": [""]}),
+        ("iclevr-64", {"objects": ["Red Cube"]}),
+        ("verifier", {"widths": [], "blocks": []}),
+    ],
+)
+def test_a_config_of_no_model_is_one_line_of_error(
+    run: Run, models: Path, tmp_path: Path, model: str, changes: dict[str, Any]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models / model, folder)
+    config = json.loads((folder / hub.CONFIG_NAME).read_text())
+    (folder / hub.CONFIG_NAME).write_text(json.dumps(config | changes))
+    outcome = run("info", folder)
+    assert outcome.status == 1
+    assert re.fullmatch(r"condgan info: error: [^\n]*config\.json[^\n]+\n", outcome.err)
+
+
+def test_info_shows_a_card_in_any_encoding(run: Run, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "iclevr-64", tmp_path / "model")
+    (tmp_path / "model" / hub.CARD_NAME).write_bytes("Würfel".encode("latin-1"))
+    assert run("info", tmp_path / "model", "--json").json["card"] == "W\ufffdrfel"
 
 
 def test_info_describes_the_default_model(run: Run, models: Path) -> None:

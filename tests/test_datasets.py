@@ -275,6 +275,7 @@ def change_index(**changes: Any) -> Callable[[Path], None]:
         (change_index(version=2), "format version 2"),
         (change_index(image_size=17), "does not fit its index"),
         (change_index(image_size="large"), "is damaged"),
+        (change_index(image_size=float("inf")), "is damaged"),
         (change_index(objects=["red cube"]), "unknown object"),
         (change_index(objects=[]), "is damaged"),
         (change_index(scenes=[]), "does not fit its index"),

@@ -489,7 +489,7 @@ def test_what_is_missing_on_the_hub_is_named(hub: HubServer, commit: str, folder
 
 def test_a_hub_that_is_down_is_told(hub: HubServer, commit: str, toy: Toy) -> None:
     hub.stop()
-    refused("org/toy", "'org/toy'", "hub does not answer", "check the connection")
+    refused("org/toy", "'org/toy'", "nor is there a folder of that name", "hub does not answer", "check the connection")
     with pytest.raises(CheckpointError, match=r"cannot upload to 'org/toy': check the connection"):
         toy.push_to_hub("org/toy", token="hf_secret")
 

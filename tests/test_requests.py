@@ -137,6 +137,7 @@ def test_models_without_places_refuse_them(reference: IterativeGenerator) -> Non
         ([(1,)], r"got the entry \(1,\)"),
         (["45"], "got the entry '45'"),
         ([("4", "5")], "got the entry"),
+        ([("a", 4, 5)], r"got the entry \('a', 4, 5\)"),
         ([{"x": 1, "y": 2}], "got the entry"),
         ([(NAN, 3)], r"the place \(nan, 3\) is not inside the picture, x and y go from 0 to 63"),
         ([(3, NAN)], "is not inside"),

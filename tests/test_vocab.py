@@ -73,7 +73,18 @@ def test_a_vocabulary_of_your_own_has_ids_in_its_order() -> None:
         vocabulary.parse("red cube")
 
 
-@pytest.mark.parametrize("names", [[], ["a", "b", "a"]])
+@pytest.mark.parametrize("name", ["Red Cube", "red  cube", " red", "grey cube", " "])
+def test_names_are_spelled_so_that_they_can_be_found(name: str) -> None:
+    with pytest.raises(ValueError, match="in lower case with single spaces") as caught:
+        Vocabulary(["red cube", name])
+    assert repr(name) in str(caught.value)
+
+
+def test_names_may_come_one_by_one() -> None:
+    assert Vocabulary(name for name in ("red ball", "gray box")).names == ("red ball", "gray box")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("names", [[], ["a", "b", "a"], [""]])
 def test_names_are_there_and_told_apart(names: list[str]) -> None:
     with pytest.raises(ValueError, match="non-empty and unique") as caught:
         Vocabulary(names)
