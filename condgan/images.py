@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,9 @@ def read_pixels(path: str | Path) -> Tensor:
         raise FileNotFoundError(f"image: there is no file {str(path)!r}")
     try:
         with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            with suppress(Exception):  # a damaged note is no damaged picture
+                ImageOps.exif_transpose(image, in_place=True)
             return _pixels(image)
     except Exception as error:  # by the kind of damage Pillow raises any of a dozen
         raise ValueError(f"image: {str(path)!r} is not a readable picture ({error})") from error

@@ -247,6 +247,11 @@ def test_a_photo_is_read_as_its_camera_was_held(tmp_path: Path) -> None:
     assert torch.equal(read_pixels(tmp_path / "a.png"), torch.from_numpy(upright.copy()).permute(2, 0, 1))
 
 
+def test_a_picture_is_read_whatever_its_camera_says(tmp_path: Path) -> None:
+    Image.fromarray(GRAY).save(tmp_path / "a.png", exif=b"nonsense")
+    assert torch.equal(read_pixels(tmp_path / "a.png")[1], torch.from_numpy(GRAY))
+
+
 def test_a_path_without_a_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.png"):
         with pytest.raises(FileNotFoundError, match=f"image: there is no file '{path}'"):
