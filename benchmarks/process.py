@@ -11,7 +11,7 @@ from benchmarks.measure import Row, interleaved, median, peak_memory, python
 LOAD = "from condgan import IterativeGenerator; generator = IterativeGenerator.from_pretrained()\n"
 PROGRAMS = {
     "import torch": "import torch\n",
-    "import condgan": "import condgan\n",
+    "import condgan": "from condgan import *\n",
     "the shipped model loaded": LOAD,
     "1 scene drawn": LOAD + "generator.generate(['red cube', 'blue sphere', 'gray cylinder'])\n",
     "64 scenes drawn": LOAD + "generator.generate([['red cube', 'blue sphere', 'gray cylinder']] * 64)\n",
@@ -26,7 +26,7 @@ def start_up(rounds: int) -> Iterator[Row]:
         times = interleaved(
             {
                 "import torch": lambda: python("-c", "import torch"),
-                "import condgan": lambda: python("-c", "import condgan"),
+                "import condgan": lambda: python("-c", "from condgan import *"),
                 "condgan generate": lambda: python(
                     "-m", "condgan", "generate", "red cube", "blue sphere", "--out", out
                 ),

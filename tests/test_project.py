@@ -118,7 +118,7 @@ def watch(event, args):
 sys.addaudithook(watch)
 import torch
 before = time.process_time()  # of this process: the machine may have other work
-import condgan
+from condgan import *
 seconds = time.process_time() - before
 slow = [name for name in ("torchvision", "huggingface_hub") if name in sys.modules]
 print(json.dumps({"seconds": seconds, "asked": asked, "slow": slow}))
@@ -136,6 +136,26 @@ def test_import_is_quick_silent_and_local() -> None:
         assert report["slow"] == [], "slow libraries are imported where they are used"
         seconds.append(report["seconds"])
     assert min(seconds) < 0.3
+
+
+LAZY_PROBE = """
+import sys
+import condgan
+from condgan.cli import main
+assert "torch" not in sys.modules, "what takes seconds is imported where Ctrl-C is caught"
+assert set(condgan.__all__) <= set(dir(condgan))
+assert condgan.functional.paste is condgan.models.paste
+for name in condgan.__all__:
+    assert getattr(condgan, name).__name__ == name
+assert condgan.IterativeGenerator is condgan.models.IterativeGenerator
+from condgan import Drawing, hub, runs
+assert not hasattr(condgan, "missing")
+"""
+
+
+def test_public_names_are_imported_when_they_are_asked_for() -> None:
+    probe = subprocess.run([sys.executable, "-c", LAZY_PROBE], capture_output=True, text=True)
+    assert (probe.returncode, probe.stderr) == (0, "")
 
 
 def metadata() -> configparser.ConfigParser:
