@@ -357,6 +357,8 @@ def correct_first_turns(
     Draws the first turns of real scenes once more, in their own light, at their own places and with their own codes,
     so that a cube is turned as the real one is and what is left is error. Around the codes there is noise, as around
     those that the mapping makes: in some directions found codes hardly differ, and there noise is all that there is.
+    Pictures are compared, and not what turns change: the empty scenes before real turns were made of pictures with the
+    object, and the faintest of its shadow is left in them.
     The error is explained by the object and, for models that know them, by the light, the place and the code: linearly,
     and by products of two of these numbers. They are many and there are few pictures of each object, so objects of one
     shape share their answers: two pictures for each number and each product (:data:`condgan.correction.ANSWERS`), mixed
@@ -401,7 +403,7 @@ def correct_first_turns(
     ):
         for rows in torch.arange(len(pixels), device=device).split(BATCH_SIZE):
             pictures, chosen = pixels[rows.to(pixels.device)], kind[rows]
-            change = from_uint8(pictures.to(device)).diff(dim=1)[:, 0]
+            real = from_uint8(pictures.to(device))
             canvas = from_uint8(_empty_scenes(generator, pictures[:, 1], rng).to(device))
             light, condition = generator.read_light(canvas), correction.conditions[chosen]
             place = None if generator.place_model is None else places[rows]
@@ -411,9 +413,9 @@ def correct_first_turns(
                 code = torch.randn(len(rows), generator.z_dim, generator=rng).to(device)
                 if generator.mapping is not None:
                     code = generator.mapping(code, condition, place, light)
-            error = change - generator.synthesis(code, condition, canvas, place) + canvas
+            error = real[:, 1] - generator.synthesis(code, condition, canvas, place)
             known = correction.read(chosen, light, place, code)
-            changes.add(known, change, kinds[chosen])
+            changes.add(known, real[:, 1] - real[:, 0], kinds[chosen])
             errors.add(torch.cat((known, products_of(known)), 1), error, kinds[chosen])
             bar.update(len(rows))
     if correction.responses is None:

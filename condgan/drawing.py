@@ -238,7 +238,7 @@ def _draw_turn(
             if asked is not None:
                 place[i] = torch.tensor(asked)
     drawn = generator(noise.z, condition, image, place, light)
-    if not drawn.isfinite().all():
+    if not math.isfinite(drawn.sum()):  # one number is enough to see it
         raise ValueError("the model draws NaN or infinity: its weights are damaged, load or train them again")
     return drawn, place
 

@@ -71,6 +71,7 @@ def test_corrected_first_turns_are_right_on_average_and_objects_without_data_sta
     names = ("red cube", "blue sphere", "gray cylinder")
     config = replace(NO_PLACES, objects=names, light_components=0, light_inputs=0)
     generator, teacher = lively_generator(config), lively_generator(config, seed=1)
+    generator.canvas.load_state_dict(teacher.canvas.state_dict())
     scenes = draw_turns(teacher, [[name] for name in names[:2]] * 60, range(120))
     pixels, objects = to_uint8(scenes.images), torch.tensor([0, 1] * 60)
     seeds = range(1000, 1060)
@@ -193,6 +194,23 @@ def test_first_turns_are_measured_with_the_codes_of_the_real_ones(monkeypatch: p
     with torch.no_grad():
         expected = encoder.eval()(before, after, places_of_turns(pixels)[:, 0])
     torch.testing.assert_close(torch.cat(codes), expected)
+
+
+def test_what_is_left_of_shadows_in_the_empty_scenes_of_real_turns_is_drawn() -> None:
+    """Faint shadows that no real turn adds: pictures come out as real ones are, and not only their changes."""
+    generator, _ = only_corrections(("red cube",), mapping=False)
+    assert generator.correction is not None
+    canvases = to_uint8(draw_turns(generator, [["red cube"]] * 200, range(200)).images[:, 0]).int()
+    before, after = canvases.clone(), canvases.clone()
+    before[:, :, 36:44, 20:44] -= 3
+    after[:, :, 36:44, 20:44] -= 3
+    after[:, 0, 26:36, 26:36] += 50
+    pixels = torch.stack((before, after), 1).to(torch.uint8)
+    correct_first_turns(generator, None, pixels, torch.zeros(200).long(), noise=0.0, progress=False)
+    drawn = to_uint8(draw_turns(generator, [["red cube"]] * 200, range(200)).images[:, 1]).float().mean(0)
+    wrong = (drawn - after.float().mean(0))[:, 20:44, 20:44]
+    assert wrong.abs().max() < 1
+    assert wrong.mean().abs() < 0.2
 
 
 def test_what_the_noise_around_codes_changes_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
