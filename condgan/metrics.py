@@ -1,5 +1,6 @@
 """Measures of drawn pictures: are the objects there, does the rest stay, do they vary, look real, or copy.
 
+Functions first; :class:`MultilabelAccuracy` and :class:`FeatureStatistics` add up batches and give the same numbers.
 No measure here reads a network: logits and features come in, so that it is always clear whose they are.
 """
 
@@ -88,6 +89,30 @@ def exact_set(logits: Tensor, objects: Tensor, threshold: float = 0.5) -> Tensor
     """
     _check_logits(logits, objects)
     return ((logits.sigmoid() > threshold) == (objects > 0.5)).all(1)
+
+
+class ObjectScores(NamedTuple):
+    """Precision, recall and F1 over all objects of all pictures, each in [0, 1]."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+def object_scores(logits: Tensor, objects: Tensor, threshold: float = 0.5) -> ObjectScores:
+    """Micro-averaged precision, recall and F1 of objects seen against objects asked.
+
+    With S objects seen (probability above ``threshold``), A asked and B both, added up over all pictures: precision
+    B / S, recall B / A, F1 2 B / (S + A). Zero where the divisor is zero. Arguments and errors as in :func:`exact_set`.
+    """
+    _check_logits(logits, objects)
+    seen, asked = logits.sigmoid() > threshold, objects > 0.5
+    num_seen, num_asked, num_both = int(seen.sum()), int(asked.sum()), int((seen & asked).sum())
+    return ObjectScores(
+        precision=num_both / max(num_seen, 1),
+        recall=num_both / max(num_asked, 1),
+        f1=2 * num_both / max(num_seen + num_asked, 1),
+    )
 
 
 def bootstrap_interval(
@@ -493,6 +518,40 @@ def diversity(images: Tensor) -> float:
         raise ValueError(f"images must be (N, 3, H, W) with N of at least 2, got {tuple(images.shape)}")
     flat = images.flatten(1)
     return float(F.pdist(flat).mean()) / math.sqrt(flat.shape[1]) * GREY_LEVELS
+
+
+class MultilabelAccuracy:
+    """Adds up :func:`multilabel_accuracy` over batches.
+
+    Example:
+        >>> accuracy = MultilabelAccuracy()
+        >>> accuracy.update(torch.tensor([[3.0, -1.0, 2.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
+        >>> accuracy.compute()
+        0.5
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.found = 0
+        self.asked = 0
+
+    def update(self, logits: Tensor, objects: Tensor) -> None:
+        """Add a batch; arguments and errors as in :func:`top_k_found`."""
+        self.found += int(top_k_found(logits, objects).sum())
+        self.asked += int((objects > 0.5).sum())
+
+    def compute(self) -> float:
+        """Objects found / objects asked since the last reset.
+
+        Raises:
+            ValueError: no object has been asked.
+        """
+        if self.asked == 0:
+            raise ValueError("no object has been asked: call update() before compute()")
+        return self.found / self.asked
 
 
 class FeatureStatistics:

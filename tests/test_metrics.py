@@ -47,6 +47,7 @@ def test_perfect_outputs_score_one_and_outputs_of_other_pictures_score_low() -> 
     logits = objects * 10 - 5
     assert metrics.multilabel_accuracy(logits, objects) == 1
     assert metrics.exact_set(logits, objects).all()
+    assert metrics.object_scores(logits, objects) == (1, 1, 1)
     shuffled = objects.roll(1, 0)
     assert metrics.multilabel_accuracy(logits, shuffled) == pytest.approx(3 / 24, abs=0.03)  # chance
     assert metrics.exact_set(logits, shuffled).float().mean() < 0.02
@@ -69,14 +70,36 @@ def test_exact_set_refuses_one_too_many_and_one_too_few() -> None:
     assert not metrics.exact_set(just_seen, objects, threshold=0.76).item()
 
 
+def test_object_scores_by_hand() -> None:
+    objects = torch.tensor([[1.0, 1, 1, 0], [0, 0, 0, 1]])
+    logits = torch.tensor([[1.0, -1, -1, 1], [-1, -1, -1, 1]])  # seen 3, asked 4, both 2
+    precision, recall, f1 = metrics.object_scores(logits, objects)
+    assert (precision, recall, f1) == (2 / 3, 1 / 2, 4 / 7)
+    assert f1 == pytest.approx(2 / (1 / precision + 1 / recall))
+    assert metrics.object_scores(torch.full((1, 4), -9.0), objects[:1]) == (0, 0, 0)
+
+
 def test_object_measures_refuse_what_does_not_fit() -> None:
-    for function in (metrics.top_k_found, metrics.exact_set, metrics.multilabel_accuracy):
+    for function in (metrics.top_k_found, metrics.exact_set, metrics.object_scores, metrics.multilabel_accuracy):
         with pytest.raises(ValueError, match=r"\(2, 24\) and \(3, 24\)"):
             function(torch.zeros(2, 24), torch.ones(3, 24))
         with pytest.raises(ValueError, match="NaN"):
             function(torch.full((2, 24), math.nan), torch.ones(2, 24))
     with pytest.raises(ValueError, match="asks for nothing"):
         metrics.multilabel_accuracy(torch.zeros(2, 24), torch.zeros(2, 24))
+
+
+def test_accuracy_of_batches_is_accuracy_of_all() -> None:
+    logits, objects = torch.randn(30, 24), (torch.rand(30, 24) < 0.1).float()
+    objects[:, 0] = 1
+    accuracy = metrics.MultilabelAccuracy()
+    with pytest.raises(ValueError, match="update"):
+        accuracy.compute()
+    accuracy.update(torch.zeros(1, 24), torch.ones(1, 24))
+    accuracy.reset()
+    for chunk in (slice(0, 7), slice(7, 8), slice(8, 30)):
+        accuracy.update(logits[chunk], objects[chunk])
+    assert accuracy.compute() == metrics.multilabel_accuracy(logits, objects)
 
 
 # ---- interval ------------------------------------------------------------------------------------------------------
