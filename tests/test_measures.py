@@ -81,6 +81,8 @@ def test_rightness_by_hand() -> None:
         }
     )
     assert [score.samples for score in scores.values()] == [3, 2, 3, 3, 3, 2]
+    micro = metrics.object_scores(logits, asked)
+    assert (values["object_precision"], values["object_recall"], values["object_f1"]) == pytest.approx(micro)
     assert "count_accuracy" not in rightness(logits, asked, None, groups=2)
 
 
