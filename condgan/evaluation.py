@@ -264,8 +264,10 @@ def _measure_rightness(
         of_real["retention"] = retention(real_logits, scenes, len(scenes.pictures))
     shuffled: dict[str, Score] = {}
     if num_lists > 1:
-        of_next_list = asked.roll(len(asked) // num_lists, 0)  # all draws of a list follow each other
-        shuffled = rightness(logits[:, -1], of_next_list, counts, num_lists)
+        order = torch.randperm(num_lists, generator=torch.Generator().manual_seed(0))
+        other = torch.empty_like(order).scatter_(0, order, order.roll(1))  # of every list another one
+        of_others = asked.unflatten(0, (num_lists, -1))[other].flatten(0, 1)  # all draws of a list follow each other
+        shuffled = rightness(logits[:, -1], of_others, counts, num_lists)
     empty = _blank(drawn)
     empty_logits = observer.logits(empty.final)
     blank = rightness(empty_logits, empty.asked[:, -1], observer.counts(empty.final), len(empty_logits))
