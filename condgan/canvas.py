@@ -142,8 +142,8 @@ class Canvas(nn.Module):
 
         Alternates between principal components of the empty scenes and the empty scenes in the light of these
         components; what no scene shows, under every object, is interpolated from around it, and where objects and
-        shadows end the components are smooth (:meth:`smooth_hidden`). Then the distribution of
-        the light and the grain are learned from what was found.
+        shadows end the components are smooth (:meth:`smooth_hidden`). Then the distribution of the light and the grain
+        are learned from what was found.
 
         Args:
             first_images: (S, 3, H, W) in [-1, 1], of 8 bits, more than ``num_components`` of them.
@@ -163,7 +163,7 @@ class Canvas(nn.Module):
             self.mean.copy_(empty.mean(0))
             if count:
                 basis = self._fit_components(empty, basis)
-            estimates = self.smooth_hidden(first_images)
+            estimates = self.smooth_hidden(first_images) if count else self._estimates(first_images)
             empty = torch.cat([chunk.where(~found.occupied, found.lit) for chunk, found in estimates])
         self.grain_mix.zero_()
         if self.flow is None:  # one fixed picture: what varies is light that this canvas does not know, not grain

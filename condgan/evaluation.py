@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from condgan.classifier import SceneClassifier
 from condgan.counter import ObjectCounter
 from condgan.datasets import read_conditions
-from condgan.drawing import Redraw, SceneModel
+from condgan.drawing import Redraw, SceneModel, parse_best_of
 from condgan.features import copy_distances, fit_scale, picture_features
 from condgan.functional import evaluating
 from condgan.images import from_uint8
@@ -96,12 +96,8 @@ def evaluate(
         FileNotFoundError: ``conditions`` or ``data`` is not there.
     """
     started = time.perf_counter()
-    draws, batch_size, best_of = (
-        parse_whole(name, value, 1)
-        for name, value in (("draws", draws), ("batch_size", batch_size), ("best_of", best_of))
-    )
-    if redraw not in get_args(Redraw):
-        raise ValueError(f"redraw must be 'picture' or 'turn', got {redraw!r}")
+    draws, batch_size = parse_whole("draws", draws, 1), parse_whole("batch_size", batch_size, 1)
+    best_of = parse_best_of(best_of, redraw)
     seed = parse_seed(seed)
     conditions_name = "given lists"
     if isinstance(conditions, (str, Path)):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from condgan.classifier import SceneClassifier
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
+from condgan.files import replacing
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.ranks import RankLost, Ranks, joined
 from condgan.results import Drawing
@@ -352,9 +353,8 @@ class RunLog:
         path = folder / "log.jsonl"
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # the last one may have been broken off
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(line for line in whole if _images_of(line, path) <= images))
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text("".join(line for line in whole if _images_of(line, path) <= images))
         self._file = path.open("a")
         self._sums: dict[str, list[float]] = {}
         self._writer: Any = None

@@ -291,6 +291,11 @@ class TrainingScenes:
         if generator.config.places:
             self.places = places_of_turns(self.pixels)  # (S, T, 2)
 
+    @property
+    def first_turns(self) -> tuple[Tensor, Tensor]:
+        """Empty scenes and what first turns made of them, (S, 2, 3, H, W) uint8, and the ids of their objects, (S,)."""
+        return self.pixels[:, :2], self.objects[:, 0]
+
     def batch(self, step: int, size: int, seed: int, part: Part | None = None) -> Batch:
         """The scenes of one step, or a part of them: every epoch is a permutation, a function of seed and step only."""
         part = part or Part(0, size, size)
@@ -718,8 +723,8 @@ class Trainer:
             drawn, bf16 = self.config.verifier_scenes, self.config.bf16
             prefer_legible_codes(generator, self.verifier, one_hot, scenes=drawn, bf16=bf16, progress=progress)
         if generator.correction is not None:
-            first = scenes.pixels[:, :2], scenes.objects[:, 0]
-            correct_first_turns(generator, self.noise_encoder, *first, noise=FOUND_NOISE_STD, progress=progress)
+            turns = scenes.first_turns
+            correct_first_turns(generator, self.noise_encoder, *turns, noise=FOUND_NOISE_STD, progress=progress)
         return generator
 
     def _fit_mapping(self, generator: IterativeGenerator, progress: bool) -> None:

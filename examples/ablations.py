@@ -21,6 +21,7 @@ import torch
 from condgan import IterativeGenerator
 from condgan.datasets import SceneDataset
 from condgan.evaluation import evaluate
+from condgan.files import replacing
 from condgan.runs import train
 from condgan.training import PRESETS, TrainConfig, TrainingScenes
 
@@ -115,9 +116,8 @@ def measured(
         if model.correction is not None and not corrected:
             model.correction.clear_()
         found = evaluate(model, lists, draws=draws, data=data).to_dict()
-        partial = report.with_suffix(".partial")
-        partial.write_text(json.dumps(found | {"settings": settings}))
-        partial.replace(report)
+        with replacing(report) as partial:
+            partial.write_text(json.dumps(found | {"settings": settings}))
     found = json.loads(report.read_text())
     if found.get("settings") != settings:
         raise SystemExit(f"{report} is of {found.get('settings')}, asked for is {settings}: choose another --out")

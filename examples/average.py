@@ -55,8 +55,7 @@ def main() -> None:
     recalibrate(generator, F.one_hot(scenes.objects, scenes.num_objects).float())
     if generator.correction is not None:
         noise_encoder = NoiseEncoder.from_pretrained(args.noise_encoder)
-        first = scenes.pixels[:, :2], scenes.objects[:, 0]
-        correct_first_turns(generator, noise_encoder, *first, noise=FOUND_NOISE_STD)
+        correct_first_turns(generator, noise_encoder, *scenes.first_turns, noise=FOUND_NOISE_STD)
     generator.save_pretrained(args.out, dtype=torch.float16)
 
 

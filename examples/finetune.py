@@ -86,8 +86,7 @@ for epoch in range(args.epochs):
 
 recalibrate(generator, F.one_hot(data.objects, len(data.vocabulary)).float())
 if generator.correction is not None and noise_encoder is not None:
-    turns = TrainingScenes(data, generator, fit_canvas=False)
-    first = turns.pixels[:, :2], turns.objects[:, 0]
-    correct_first_turns(generator, noise_encoder, *first, noise=FOUND_NOISE_STD)
+    first_turns = TrainingScenes(data, generator, fit_canvas=False).first_turns
+    correct_first_turns(generator, noise_encoder, *first_turns, noise=FOUND_NOISE_STD)
 generator.save_pretrained(args.out)
 print("wrote", args.out)

@@ -46,8 +46,7 @@ def main() -> None:
         fit_places(generator, *turns, history_dropout=dropout, epochs=args.place_epochs)
     if generator.correction is not None:
         noise_encoder = NoiseEncoder.from_pretrained(args.noise_encoder)
-        first = scenes.pixels[:, :2], scenes.objects[:, 0]
-        correct_first_turns(generator, noise_encoder, *first, noise=FOUND_NOISE_STD)
+        correct_first_turns(generator, noise_encoder, *scenes.first_turns, noise=FOUND_NOISE_STD)
     generator.save_pretrained(args.out, dtype=torch.float16)
 
 
