@@ -16,7 +16,7 @@ from benchmarks.training import trainer
 from condgan.ranks import joined
 
 SCENES = 12
-"""Scenes a step, over all ranks."""
+"""Scenes of a step of one rank: about as many as the preset has."""
 STEPS = 2
 """Measured in each process, after one that is not."""
 
@@ -40,24 +40,29 @@ def _step(ranks: int, scenes: int = SCENES) -> float:
     return printed_number(*launch, "-m", "benchmarks.scaling", str(scenes), OMP_NUM_THREADS="1")
 
 
-def _apart() -> float:
-    """Seconds of a step of two processes that know nothing of each other, with half of the scenes each."""
+def _apart(scenes: int) -> float:
+    """Seconds of a step of two processes that know nothing of each other, with so many scenes each."""
     with ThreadPoolExecutor() as both:
-        return max(both.map(_step, (1, 1), (SCENES // 2, SCENES // 2)))
+        return max(both.map(_step, (1, 1), (scenes, scenes)))
 
 
 def run(rounds: int) -> Iterator[Row]:
     """All rows of this part, of a third of the rounds, since each takes a minute."""
-    cases = {"one rank": lambda: _step(1), "two ranks": lambda: _step(2), "two processes": _apart}
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    cases = {
+        "one rank": (SCENES, lambda: _step(1)),
+        "two ranks": (SCENES, lambda: _step(2)),
+        "two processes that share nothing": (SCENES, lambda: _apart(SCENES // 2)),
+        "two ranks, as many scenes each": (2 * SCENES, lambda: _step(2, 2 * SCENES)),
+        "two processes that share nothing, as many scenes each": (2 * SCENES, lambda: _apart(SCENES)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(max(3, rounds // 3)):
-        for name, case in cases.items():
-            times[name].append(case())
-    for name in times:
-        yield Row("ranks", f"{name} with one thread each", 3 * SCENES / median(times, name), "pictures/s")
-    yield Row("ranks", "two ranks against one", ratio(times, "one rank", "two ranks"), "times faster")
-    limit = ratio(times, "one rank", "two processes")
-    yield Row("ranks", "two processes that share nothing against one rank", limit, "times faster")
+        for name, (scenes, case) in cases.items():
+            seconds[name].append(case() / scenes)
+    for name in seconds:
+        yield Row("ranks", f"{name}, one thread each", 3 / median(seconds, name), "pictures/s")
+    for name in [*cases][1:]:
+        yield Row("ranks", f"{name}, against one rank", ratio(seconds, "one rank", name), "times faster")
 
 
 if __name__ == "__main__":

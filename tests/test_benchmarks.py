@@ -145,11 +145,13 @@ def test_ranks_alternate_and_their_ratio_is_that_of_the_same_round(monkeypatch: 
         return len(calls) / ranks
 
     monkeypatch.setattr(scaling, "_step", step)
-    one, two, apart, faster, limit = scaling.run(1)
-    assert calls == [(1, 12), (2, 12), (1, 6), (1, 6)] * 3
-    assert (one.value, two.value, apart.value) == (36 / 5, 36 / 3, 36 / 8)
-    assert faster.value == 5 / 3
-    assert limit.value == 5 / 8, "the slower one of two processes counts"
+    rates = {row.name: row.value for row in scaling.run(1)}
+    assert calls == [(1, 12), (2, 12), (1, 6), (1, 6), (2, 24), (1, 12), (1, 12)] * 3
+    one, two, half, as_many, whole = list(rates.values())[:5]
+    assert (one, two, half) == pytest.approx((36 / 8, 36 / 4.5, 36 / 11)), "the slower one of two processes counts"
+    assert (as_many, whole) == pytest.approx((72 / 6, 72 / 14)), "two ranks with as many scenes do twice as many"
+    assert rates["two ranks, against one rank"] == 8 / 4.5
+    assert rates["two ranks, as many scenes each, against one rank"] == 2 * 8 / 6
 
 
 def test_a_rank_prints_the_seconds_of_its_steps(
