@@ -382,7 +382,7 @@ def correct_first_turns(
     if correction is None:
         raise ValueError("generator: its configuration has correction=False, so there is nothing to measure")
     device, count, numbers = correction.conditions.device, len(generator.vocabulary), correction.num_inputs
-    kinds = torch.eye(count, device=device)
+    kinds = torch.eye(count).to(correction.conditions)
     correction.conditions.copy_(generator.encoder(kinds)[0])
     correction.clear_()
     places, kind = places_of_turns(pixels)[:, 0].to(device), objects.to(device)

@@ -98,16 +98,16 @@ class Canvas(nn.Module):
             iterations: rounds of fitting the light and setting aside what it does not explain.
         """
         count, n = len(self.components), len(images)
-        basis = self.components.flatten(2)  # (K, 3, P)
+        images, mean, basis = images.float(), self.mean.float(), self.components.float().flatten(2)  # (K, 3, P)
         products = torch.einsum("kcp,lcp->pkl", basis, basis).flatten(1)  # (P, K * K)
-        centred = (images - self.mean).flatten(2)  # (N, 3, P)
+        centred = (images - mean).flatten(2)  # (N, 3, P)
         occupied = _central_box(images.shape[-1]).to(images.device).expand(n, 1, -1, -1)
         for _ in range(iterations):
             weight = (~occupied).flatten(2).float()  # (N, 1, P)
             normal = (weight[:, 0] @ products).view(n, count, count)
-            normal = normal + ASSUMED_NOISE * torch.eye(count, device=images.device)
+            normal = normal + ASSUMED_NOISE * torch.eye(count).to(basis)
             scores = torch.linalg.solve(normal, (weight * centred).flatten(1) @ basis.flatten(1).T)
-            lit = self.mean + (scores @ basis.flatten(1)).view_as(images)
+            lit = mean + (scores @ basis.flatten(1)).view_as(images)
             strange = ((images - lit).abs().amax(1, keepdim=True) > RESIDUAL_THRESHOLD).float()
             alone = F.avg_pool2d(strange, 3, 1, 1) < 0.3  # specks of grain are not objects
             occupied = F.max_pool2d(strange.masked_fill(alone, 0), 2 * RIM + 1, 1, RIM) > 0
@@ -131,7 +131,8 @@ class Canvas(nn.Module):
             detail = rest - local_mean(rest, SMOOTH)
             edge = (rest.abs() > SHADOW_THRESHOLD) | (detail.abs() > EDGE_DEVIATIONS * grain_std)
             near_edge = F.max_pool2d(edge.any(1, keepdim=True).float(), SMOOTH, 1, SMOOTH // 2) > 0
-            drawn = self._coloured(torch.randn(chunk.shape, generator=rng).to(chunk.device))
+            noise = torch.randn(chunk.shape, generator=rng, dtype=torch.float32).to(chunk.device)
+            drawn = self._coloured(noise)
             floor = (estimate.lit + torch.where(near_edge, drawn, detail)).clamp(-1, 1)
             empty.append(torch.where(estimate.occupied, floor, chunk))
         return torch.cat(empty)
@@ -224,7 +225,7 @@ class Canvas(nn.Module):
         known = often if often.any() else visible > 0
         typical = products[:, :, known].sum(2) / visible[known].sum()
         covariance = torch.where(often, products / visible.clamp(min=1), typical[:, :, None, None])
-        covariance = covariance.permute(2, 3, 0, 1) - ROUNDING_VARIANCE * torch.eye(3, device=visible.device)
+        covariance = covariance.permute(2, 3, 0, 1) - ROUNDING_VARIANCE * torch.eye(3).to(covariance)
         self.grain_mix.copy_(_square_root(covariance).permute(2, 3, 0, 1))
 
     def _fill_pattern(self, seen: Tensor) -> None:
@@ -275,7 +276,7 @@ def _interpolate_box(images: Tensor) -> Tensor:
     smooth = local_mean(images, 3)
     left, right = smooth[:, :, low:high, low - 1, None], smooth[:, :, low:high, high, None]
     top, bottom = smooth[:, :, low - 1, None, low:high], smooth[:, :, high, None, low:high]
-    s = torch.linspace(0, 1, high - low, device=images.device)
+    s = torch.linspace(0, 1, high - low).to(images)
     t = s[:, None]
     corners = (1 - t) * ((1 - s) * top[..., :1] + s * top[..., -1:]) + t * (
         (1 - s) * bottom[..., :1] + s * bottom[..., -1:]

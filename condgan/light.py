@@ -40,7 +40,7 @@ class _Equations(NamedTuple):
         """Of components (K, 3, h, w)."""
         components = components.float().flatten(2)
         products = (components[:, None] * components).sum(2).flatten(0, 1).T
-        ridge = NOISE_VARIANCE * torch.eye(len(components), device=components.device).flatten()
+        ridge = NOISE_VARIANCE * torch.eye(len(components)).to(components).flatten()
         basis = components.flatten(1)
         return cls(basis, basis.T.contiguous(), products, ridge, FAR**2 * components.square().sum(0))
 
