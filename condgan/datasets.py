@@ -159,6 +159,8 @@ class SceneDataset(Dataset[SceneRecord]):
         path: the ``.npy`` file, whose ``.json`` index lies beside it, or the folder that was prepared.
         split: only the scenes of this split; None for all.
         half: 0 or 1, only the scenes of this half of the split; None for both.
+        image_size: in a folder with several packed files the one with pictures of this side is taken, if it is there;
+            None is 64.
         verify: also compare the file with its checksum, which reads all of it.
 
     Attributes:
@@ -173,13 +175,19 @@ class SceneDataset(Dataset[SceneRecord]):
     """
 
     def __init__(
-        self, path: str | Path, split: Split | None = None, half: int | None = None, *, verify: bool = False
+        self,
+        path: str | Path,
+        split: Split | None = None,
+        half: int | None = None,
+        *,
+        image_size: int | None = None,
+        verify: bool = False,
     ) -> None:
         if split is not None and split not in get_args(Split):
             raise ValueError(f"split must be one of {get_args(Split)} or None, got {split!r}")
         if half not in (None, 0, 1):
             raise ValueError(f"half must be 0, 1 or None, got {half!r}")
-        self.path = _find_packed(Path(path))
+        self.path = _find_packed(Path(path), image_size)
         index = read_index(self.path)
         self.vocabulary = index.vocabulary
         self._sha256 = index.sha256
@@ -232,16 +240,18 @@ class SceneDataset(Dataset[SceneRecord]):
             raise DatasetError(f"{self.path} differs from its checksum, it is damaged: run `condgan prepare` again")
 
 
-def _find_packed(path: Path) -> Path:
-    """The packed file that a path means: itself, or the one in the folder."""
+def _find_packed(path: Path, image_size: int | None) -> Path:
+    """The packed file that a path means: itself, or the one in the folder, of this size if there is one."""
     if path.suffix == ".npy":
         if not path.is_file():
             raise DatasetError(f"there is no file {path}: run `condgan prepare` on the i-CLEVR folder to write it")
         return path
     if not path.is_dir():
         raise DatasetError(f"{path} is neither a folder nor a packed .npy file: give what `condgan prepare` wrote")
-    if packed_path(path).is_file():
-        return packed_path(path)
+    wanted = [packed_path(path, image_size)] if image_size else []
+    for usual in (*wanted, packed_path(path)):
+        if usual.is_file():
+            return usual
     others = sorted(other for other in path.glob("condgan-*.npy") if not other.stem.endswith(".partial"))
     if len(others) > 1:
         raise DatasetError(f"{path} holds several packed files, give one: {', '.join(map(str, others))}")

@@ -92,8 +92,8 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: an argument does not fit, a name is unknown, or ``data`` has no test scene or pictures
-            of another size than the generator's.
-        FileNotFoundError: ``conditions`` or ``data`` is not there.
+            of another size than the generator's; ``conditions`` is not there.
+        FileNotFoundError: ``data`` is not there.
     """
     started = time.perf_counter()
     draws, batch_size = parse_whole("draws", draws, 1), parse_whole("batch_size", batch_size, 1)

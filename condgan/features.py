@@ -191,6 +191,8 @@ def copy_distances(pixels: Tensor, references: Tensor) -> Tensor:
         raise ValueError(
             f"pixels and references must be of one size, got {tuple(pixels.shape)} and {tuple(references.shape)}"
         )
+    if not (len(pixels) and len(references)):
+        raise ValueError(f"pixels and references must not be empty, got {len(pixels)} and {len(references)}")
     steps = range(-MAX_SHIFT, MAX_SHIFT + 1, SHIFT_STEP)
     shifted = torch.cat([_thumbnails(pixels, x, y) for y in steps for x in steps])  # (25 * N, D)
     both = torch.cat([_thumbnails(references), _thumbnails(references.flip(3))])

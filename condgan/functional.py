@@ -194,7 +194,7 @@ def _check_finite(**tensors: Tensor | None) -> None:
 
 
 def pixel_distance(error: Tensor) -> Tensor:
-    """Absolute values of differences of pictures in [-1, 1]; below one of their 256 levels, squares.
+    """Smooth L1 of differences of pictures in [-1, 1]: above one of 256 levels, b, |e| - b / 2, below it e^2 / (2 b).
 
     So a sum over pixels is least where means are right. Pictures have whole levels: the median of a soft shadow of less
     than half a level is no shadow.

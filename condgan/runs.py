@@ -83,7 +83,8 @@ def train(
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a TrainConfig, such as PRESETS['compact'] of condgan.training, got {config!r}")
     out = Path(out)
-    dataset = data if isinstance(data, SceneDataset) else SceneDataset(data, "train")
+    size = config.generator.image_size
+    dataset = data if isinstance(data, SceneDataset) else SceneDataset(data, "train", image_size=size)
     _check_data(dataset, config)
     try:
         out.mkdir(parents=True, exist_ok=True)

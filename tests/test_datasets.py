@@ -248,6 +248,13 @@ def test_folder_stands_for_its_packed_file(data_dir: Path, tmp_path: Path) -> No
     assert SceneDataset(tmp_path).path == tmp_path / "condgan-64.npy"
 
 
+def test_of_several_packed_files_the_one_of_the_asked_size_is_opened(data_dir: Path, tmp_path: Path) -> None:
+    for image_size in (8, 64):
+        prepare(data_dir, out=packed_path(tmp_path, image_size), image_size=image_size, progress=False)
+    for asked, found in ((8, 8), (64, 64), (None, 64), (32, 64)):
+        assert SceneDataset(tmp_path, image_size=asked).path == packed_path(tmp_path, found)
+
+
 def test_folder_that_is_not_prepared_says_how(tmp_path: Path) -> None:
     folder = write_iclevr_layout(tmp_path / "raw", 1)
     with pytest.raises(DatasetError, match=rf"not prepared yet: run `condgan prepare {folder}`"):

@@ -213,6 +213,13 @@ def test_copies_among_drawn_pictures_are_found(pictures: Tensor) -> None:
     assert metrics.memorisation(copy_distances(with_copies, train), far, rng_seed=0).found
 
 
+def test_copy_distances_refuse_no_pictures() -> None:
+    one = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    for pair in ((one[:0], one), (one, one[:0])):
+        with pytest.raises(ValueError, match="must not be empty"):
+            copy_distances(*pair)
+
+
 def test_copy_distances_refuse_pictures_of_two_sizes() -> None:
     with pytest.raises(ValueError, match="one size"):
         copy_distances(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

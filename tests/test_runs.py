@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from tiny import RUN
 
 from condgan import IterativeGenerator, runs, training
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
-from condgan.datasets import SceneDataset
+from condgan.datasets import SceneDataset, packed_path
 from condgan.models import NoiseEncoder
+from condgan.prepare import prepare
 from condgan.runs import CHECKPOINT, RunLog, train
 from condgan.training import PRESETS, Trainer, TrainingDiverged
 
@@ -219,6 +221,16 @@ def test_data_of_another_size_is_refused(data: Path, tmp_path: Path) -> None:
     large = dataclasses.replace(RUN, generator=generator, discriminator=discriminator)
     with pytest.raises(ValueError, match=r"condgan prepare DATA_DIR --image-size 128"):
         train(data, tmp_path, large, device="cpu", progress=False)
+
+
+def test_of_a_folder_with_data_of_two_sizes_that_of_the_run_is_taken(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    prepare(data.parent, out=packed_path(folder, 32), image_size=32, progress=False)
+    for name in (data.name, data.with_suffix(".json").name):
+        shutil.copy(data.parent / name, folder)
+    generator, discriminator = (dataclasses.replace(c, image_size=32) for c in (RUN.generator, RUN.discriminator))
+    small = dataclasses.replace(RUN, generator=generator, discriminator=discriminator, images=RUN.batch_scenes * 3)
+    assert train(folder, tmp_path / "run", small, device="cpu", progress=False).image_size == 32
 
 
 def test_the_name_of_a_preset_is_no_configuration(data: Path, tmp_path: Path) -> None:
