@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from condgan.functional import evaluating
-from condgan.hub import CheckpointError, PretrainedModel
-from condgan.images import check_range
+from condgan.hub import CheckpointError, PretrainedModel, added_later
+from condgan.images import check_range, resize
 from condgan.vocab import ICLEVR_OBJECTS
 
 
@@ -32,17 +32,21 @@ class SceneClassifierConfig:
     """``average``: mean over space, then ``fc``; ``evidence``: ``fc`` at every cell, then log-sum-exp over cells."""
     objects: tuple[str, ...] = ICLEVR_OBJECTS
     """The vocabulary: names in the order of the output."""
+    image_size: int = added_later(64)
+    """Side in pixels of the pictures that it was trained on; others are resized to it."""
 
     def __post_init__(self) -> None:
         if not self.widths or len(self.widths) != len(self.blocks):
             raise ValueError(f"widths and blocks need one entry a stage each, got {self.widths} and {self.blocks}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
 
 
 class SceneClassifier(PretrainedModel):
     """A ResNet with one logit an object, its parameters named as torchvision names them.
 
     Shape:
-        images: (N, 3, H, W), floating point in [-1, 1]; trained at 64x64.
+        images: (N, 3, H, W), floating point in [-1, 1]; resized to ``config.image_size``, 64 of those that ship.
         output: (N, K) logits, positive means present.
 
     Source: He et al. 2016, arXiv:1512.03385; ``evidence`` pooling is log-sum-exp multiple-instance pooling,
@@ -82,7 +86,7 @@ class SceneClassifier(PretrainedModel):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def feature_map(self, images: Tensor) -> Tensor:
-        """Features of the last stage, (N, h, w, widths[-1])."""
+        """Features of the last stage, (N, h, w, widths[-1]), of pictures in the size that they have."""
         x = self.maxpool(torch.relu(self.bn1(self.conv1(images))))
         for stage in range(len(self.config.widths)):
             x = self.get_submodule(f"layer{stage + 1}")(x)
@@ -95,6 +99,7 @@ class SceneClassifier(PretrainedModel):
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
+        images = resize(images, self.config.image_size)
         if self.config.pooling == "average":
             return self.fc(self.features(images))
         return self.fc(self.feature_map(images)).flatten(1, 2).logsumexp(1)

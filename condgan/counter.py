@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condgan.functional import evaluating
-from condgan.hub import PretrainedModel
-from condgan.images import check_range
+from condgan.hub import PretrainedModel, added_later
+from condgan.images import check_range, resize
 
 STRIDE = 2
 """Side of a cell of the heat map in pixels."""
@@ -31,12 +31,16 @@ class ObjectCounterConfig:
     """Residual blocks in each stage."""
     threshold: float = 0.5
     """Heat, in 0 to 1, above which a local maximum is an object."""
+    image_size: int = added_later(64)
+    """Side in pixels of the pictures that it was trained on; :meth:`ObjectCounter.places` resizes others to it."""
 
     def __post_init__(self) -> None:
         if not self.widths or self.blocks < 1:
             raise ValueError(f"widths and blocks need at least one stage and block, got {self.widths}, {self.blocks}")
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold must be between 0 and 1, got {self.threshold}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
 
 
 class ObjectCounter(PretrainedModel):
@@ -90,8 +94,7 @@ class ObjectCounter(PretrainedModel):
         nn.init.constant_(cast(Tensor, heat.bias), -2.19)  # a heat of 0.1 everywhere, as in the paper
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
+        _check_shape(images)
         x = self.stem(images)
         levels = []
         for stage, lateral in zip(self.stages, self.laterals, strict=True):
@@ -120,10 +123,13 @@ class ObjectCounter(PretrainedModel):
             ValueError: it is not of this shape and kind, not finite or not in [-1, 1].
         """
         check_range("images", images)
-        weight = next(self.parameters())
+        _check_shape(images)
+        weight, size = next(self.parameters()), self.config.image_size
         with evaluating(self):
-            chunks = [self(chunk.to(weight.device, weight.dtype)) for chunk in images.split(batch_size)]
-        return [centre for chunk in chunks for centre in find_centres(chunk, self.config.threshold)]
+            chunks = [self(resize(chunk.to(weight.device, weight.dtype), size)) for chunk in images.split(batch_size)]
+        scale = torch.tensor([images.shape[3] / size, images.shape[2] / size]).to(weight.device, torch.float32)
+        found = (centre for chunk in chunks for centre in find_centres(chunk, self.config.threshold))
+        return [(centre + 0.5) * scale - 0.5 for centre in found]
 
     def count(self, images: Tensor, batch_size: int = 256) -> Tensor:
         """Number of objects in each picture, (N,) int64, on the device of the counter.
@@ -132,6 +138,11 @@ class ObjectCounter(PretrainedModel):
         """
         numbers = [len(places) for places in self.places(images, batch_size)]
         return torch.tensor(numbers, dtype=torch.int64, device=next(self.parameters()).device)
+
+
+def _check_shape(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
 
 
 def find_centres(logits: Tensor, threshold: float) -> list[Tensor]:

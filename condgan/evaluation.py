@@ -34,13 +34,14 @@ from condgan.measures import (
     memorisation,
     place_errors,
     quantile,
+    quotient,
     retention,
     rightness,
     scene_layout,
     surroundings,
 )
 from condgan.report import MEASURES, EvaluationReport, Measure
-from condgan.requests import parse_scenes, parse_seed, parse_whole
+from condgan.requests import MAX_PICTURES, parse_scenes, parse_seed, parse_whole
 from condgan.scenes import RealScenes, SceneDrawer, Scenes, read_real
 from condgan.vocab import Vocabulary
 
@@ -48,6 +49,8 @@ BLANK_PICTURES = 256
 """Most pictures of the blank control, where it needs no more."""
 SCALE_SCENES = 1000
 """Training scenes from which the scale of features is taken."""
+ONE = Score(1.0, None, 0)
+"""What a ratio to real pictures is of real pictures."""
 
 
 def evaluate(
@@ -69,10 +72,11 @@ def evaluate(
 
     With ``data``, the lists of the real test scenes are drawn too, once with places of the model's choice, to hold the
     drawn scenes against the real ones turn by turn; and, by models that know places, once with the places of the real
-    objects, to see whether they are met. docs/evaluation.md defines every measure.
+    objects, to see whether they are met. The lists of the real validation scenes are drawn once as well: as these
+    scenes, they are held against the test scenes in look. docs/evaluation.md defines every measure.
 
     Picture number ``draw`` of list number ``i`` of L has the seed ``seed + draw * L + i``; those drawn for the real
-    test scenes go on from ``seed + draws * L``. No seed, list or picture is chosen by its score.
+    scenes go on from ``seed + draws * L``. No seed, list or picture is chosen by its score.
 
     Args:
         generator: an ``IterativeGenerator``, or any model that draws alike; draws in eval mode.
@@ -96,7 +100,7 @@ def evaluate(
         FileNotFoundError: ``data`` is not there.
     """
     started = time.perf_counter()
-    draws, batch_size = parse_whole("draws", draws, 1), parse_whole("batch_size", batch_size, 1)
+    draws, batch_size = parse_whole("draws", draws, 1, MAX_PICTURES), parse_whole("batch_size", batch_size, 1)
     best_of = parse_best_of(best_of, redraw)
     seed = parse_seed(seed)
     conditions_name = "given lists"
@@ -120,25 +124,27 @@ def evaluate(
         [names for names in lists for _ in range(draws)],
         [seed + draw * len(lists) + i for i in range(len(lists)) for draw in range(draws)],
     )
-    drawn_for_real = drawn_at_real = None
+    for_test = for_validation = at_test = None
     if real is not None:
         first = seed + draws * len(lists)
-        drawn_for_real, _ = drawer.draw(real.lists, range(first, first + len(real.lists)))
+        for_test, _ = drawer.draw(real.lists, range(first, first + len(real.lists)))
+        first += len(real.lists)
         if generator.place_model is not None:
-            first += len(real.lists)
             places = [[(x, y) for x, y in scene] for scene in real.places.tolist()]
-            drawn_at_real, _ = drawer.draw(real.lists, range(first, first + len(real.lists)), places)
+            at_test, _ = drawer.draw(real.lists, range(first, first + len(real.lists)), places)
+        first += len(real.lists)
+        for_validation, _ = drawer.draw(real.validation_lists, range(first, first + len(real.validation_lists)))
 
     measures = _measure_rightness(observer, drawn, len(lists), real)
     measures |= _measure_surroundings(drawn, len(lists), real)
     measures |= _measure_diversity(drawn, len(lists), real)
     layout = {}
-    if real is not None and drawn_for_real is not None:
-        layouts = [scene_layout(scenes, observer.vocabulary) for scenes in (drawn_for_real, real.test, real.validation)]
+    if real is not None and for_test is not None and for_validation is not None:
+        layouts = [scene_layout(scenes, observer.vocabulary) for scenes in (for_test, real.test, real.validation)]
         layout = compare_layouts(*layouts, rng_seed=0)
-        measures |= _measure_looks(drawn_for_real, real)
-        if drawn_at_real is not None:
-            measures |= _measure_places(drawn_at_real, real.places)
+        measures |= _measure_looks(for_validation, for_test, real)
+        if at_test is not None:
+            measures |= _measure_places(at_test, real)
 
     return EvaluationReport(
         model=model_name or type(generator).__name__,
@@ -211,8 +217,9 @@ class _Observer:
 
 def _blank(scenes: Scenes) -> Scenes:
     """The control in which no turn draws anything: some of the scenes, evenly, empty to the end."""
-    step = max(len(scenes.pictures) // BLANK_PICTURES, 1)
-    pictures, objects = scenes.pictures[::step][:BLANK_PICTURES], scenes.objects[::step][:BLANK_PICTURES]
+    count = len(scenes.pictures)
+    rows = torch.arange(min(count, BLANK_PICTURES)) * count // min(count, BLANK_PICTURES)
+    pictures, objects = scenes.pictures[rows], scenes.objects[rows]
     return Scenes(pictures[:, :1].expand_as(pictures), objects)
 
 
@@ -244,17 +251,18 @@ def _measure_rightness(
 ) -> dict[str, Measure]:
     """Are the objects there, no others, and do they stay; one score a picture drawn, and a picture after any turn."""
     asked, logits = drawn.asked[:, -1], observer.turn_logits(drawn)
-    counts = observer.counts(drawn.final)
-    scores = rightness(logits[:, -1], asked, counts, num_lists)
+    counts, num_objects = observer.counts(drawn.final), drawn.present.sum(1)
+    scores = rightness(logits[:, -1], asked, counts, num_objects, num_lists)
     scores["retention"] = retention(logits, drawn, num_lists)
     of_real: dict[str, Score] = {}
     matched: dict[str, Score] = {}
     if real is not None:
         scenes, present = real.test, real.test.present
         real_logits, pictures = observer.turn_logits(scenes), scenes.pictures[:, 1:][present]
-        seen = (real_logits[present], scenes.asked[present], observer.counts(pictures), len(scenes.pictures))
+        so_far = present.cumsum(1)[present]
+        seen = (real_logits[present], scenes.asked[present], observer.counts(pictures), so_far, len(scenes.pictures))
         of_real = rightness(*seen)
-        importance = importance_like(present.cumsum(1)[present], drawn.present.sum(1))
+        importance = importance_like(so_far, num_objects)
         if importance is not None:
             matched = rightness(*seen, importance)
         of_real["retention"] = retention(real_logits, scenes, len(scenes.pictures))
@@ -262,11 +270,15 @@ def _measure_rightness(
     if num_lists > 1:
         order = torch.randperm(num_lists, generator=torch.Generator().manual_seed(0))
         other = torch.empty_like(order).scatter_(0, order, order.roll(1))  # of every list another one
-        of_others = asked.unflatten(0, (num_lists, -1))[other].flatten(0, 1)  # all draws of a list follow each other
-        shuffled = rightness(logits[:, -1], of_others, counts, num_lists)
+        of_others, num_of_others = (  # all draws of a list follow each other
+            x.unflatten(0, (num_lists, -1))[other].flatten(0, 1) for x in (asked, num_objects)
+        )
+        shuffled = rightness(logits[:, -1], of_others, counts, num_of_others, num_lists)
     empty = _blank(drawn)
     empty_logits = observer.logits(empty.final)
-    blank = rightness(empty_logits, empty.asked[:, -1], observer.counts(empty.final), len(empty_logits))
+    blank = rightness(
+        empty_logits, empty.asked[:, -1], observer.counts(empty.final), empty.present.sum(1), len(empty_logits)
+    )
     blank["retention"] = retention(empty_logits[:, None].expand(-1, logits.shape[1], -1), empty, len(empty_logits))
     return _measures(scores, of_real, shuffled, blank, matched)
 
@@ -276,18 +288,10 @@ def _measure_surroundings(drawn: Scenes, num_lists: int, real: RealScenes | None
     scores, empty = surroundings(drawn, num_lists), _blank(drawn)
     blank = surroundings(empty, len(empty.pictures))
     of_real = {} if real is None else surroundings(real.test, len(real.test.pictures))
-    floor = of_real.get("preservation", NOTHING).value
-    if floor:
-        scores["preservation_ratio"] = _divided(scores["preservation"], floor)
+    by_real = quotient(scores["preservation"], of_real.get("preservation", NOTHING))
+    if by_real.value is not None:
+        scores["preservation_ratio"], of_real["preservation_ratio"] = by_real, ONE
     return _measures(scores, of_real, {}, blank)
-
-
-def _divided(score: Score, divisor: float) -> Score:
-    """A score in other units."""
-    if score.value is None or score.ci95 is None:
-        return score
-    low, high = score.ci95
-    return Score(score.value / divisor, (low / divisor, high / divisor), score.samples)
 
 
 def _measure_diversity(drawn: Scenes, num_lists: int, real: RealScenes | None) -> dict[str, Measure]:
@@ -296,24 +300,25 @@ def _measure_diversity(drawn: Scenes, num_lists: int, real: RealScenes | None) -
         diversity(pictures.unflatten(0, (num_lists, -1)), objects, None if real is None else real.test)
         for pictures in (drawn.final, drawn.pictures[:, 0])
     )
-    of_real = {"diversity": of_drawn.pop("diversity_real", NOTHING)}
+    of_real = {"diversity": of_drawn.pop("diversity_real", NOTHING), "diversity_ratio": ONE}
     return _measures(of_drawn, of_real, {}, of_empty)
 
 
-def _measure_looks(drawn: Scenes, real: RealScenes) -> dict[str, Measure]:
-    """How far drawn pictures are from real ones of the same lists, and whether they are copies of training pictures.
+def _measure_looks(for_validation: Scenes, for_test: Scenes, real: RealScenes) -> dict[str, Measure]:
+    """How far drawn pictures are from real ones, and whether they are copies of training pictures.
 
-    The floors are those of the real validation scenes, and all sets are of the size of the smaller split.
+    Look is that of scenes drawn for the lists of the validation scenes, which set the floor; copies are looked for in
+    those drawn for the lists of the test scenes. All sets are of the size of the smaller split.
     """
     if not len(real.training):
         return {}
-    count = min(len(drawn.pictures), len(real.validation.pictures))
-    turns = drawn.pictures.shape[1] - 1
+    count = min(len(for_test.pictures), len(for_validation.pictures))
+    turns = for_validation.pictures.shape[1] - 1
     pictures = {
-        "drawn": drawn.pictures[:count, 1:],
+        "drawn": for_validation.pictures[:count, 1:],
         "test": real.test.pictures[:count, 1:],
         "validation": real.validation.pictures[:count, 1:],
-        "blank": drawn.pictures[:count, :1].expand(-1, turns, -1, -1, -1),
+        "blank": for_validation.pictures[:count, :1].expand(-1, turns, -1, -1, -1),
     }
     scale = fit_scale(picture_features(real.training[:SCALE_SCENES].flatten(0, 1)))
     features = {
@@ -324,18 +329,21 @@ def _measure_looks(drawn: Scenes, real: RealScenes) -> dict[str, Measure]:
         looks(features[name], features["test"], frechet_interval=name == "drawn")
         for name in ("drawn", "validation", "blank")
     )
-    nearest = {
-        name: copy_distances(pictures[name][:, -1], real.training[:, -1]) for name in ("drawn", "test", "validation")
-    }
-    of_drawn |= memorisation(nearest["drawn"], nearest["test"])
-    of_real |= memorisation(nearest["validation"], nearest["test"])
+    drawn, test, validation = (
+        copy_distances(x.final[:count], real.training[:, -1]) for x in (for_test, real.test, real.validation)
+    )
+    of_drawn |= memorisation(drawn, test)
+    of_real |= memorisation(validation, test)
     return _measures(of_drawn, of_real, {}, of_blank)
 
 
-def _measure_places(drawn: Scenes, places: Tensor) -> dict[str, Measure]:
+def _measure_places(drawn: Scenes, real: RealScenes) -> dict[str, Measure]:
     """How far objects are from where they were asked to be; shuffled, from the places of another scene."""
-    empty = Scenes(drawn.pictures[:, :1].expand_as(drawn.pictures), drawn.objects)
-    errors = [place_errors(drawn, places), place_errors(drawn, places.roll(1, 0)), place_errors(empty, places)]
+    places, empty = real.places, Scenes(drawn.pictures[:, :1].expand_as(drawn.pictures), drawn.objects)
+    pairs = [(drawn, places), (real.test, places), (drawn, places.roll(1, 0)), (empty, places)]
     shares = {"place_error": 0.5, "place_error_p95": 0.95}
-    scores, shuffled, blank = ({name: quantile(error, shares[name]) for name in shares} for error in errors)
-    return _measures(scores, {}, shuffled, blank)
+    scores, of_real, shuffled, blank = (
+        {name: quantile(place_errors(scenes, asked), share) for name, share in shares.items()}
+        for scenes, asked in pairs
+    )
+    return _measures(scores, of_real, shuffled if len(places) > 1 else {}, blank)

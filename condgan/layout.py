@@ -199,14 +199,17 @@ class TwoSampleTest(NamedTuple):
     distance: float
     """In [0, 1]: 0 where the samples are distributed alike, 1 where they have nothing in common."""
     p_value: float
-    """Share of random divisions of the scenes that are as far apart; small where chance does not explain it."""
+    """Share of random divisions of the scenes that are as far apart, or in which one half has no value; small where
+    chance does not explain it."""
     num_first: int
     """Values of the first sample."""
     num_second: int
     """Values of the second sample."""
 
 
-def ks_test(first: Tensor, second: Tensor, *, rng_seed: int, permutations: int = 999) -> TwoSampleTest:
+def ks_test(
+    first: Tensor, second: Tensor, *, rng_seed: int, permutations: int = 999, paired: bool = False
+) -> TwoSampleTest:
     """Kolmogorov-Smirnov test: the largest distance of two distribution functions.
 
     Whole scenes are permuted, not values, since objects of one scene depend on each other. Ties are counted at once.
@@ -216,6 +219,8 @@ def ks_test(first: Tensor, second: Tensor, *, rng_seed: int, permutations: int =
         second: (R, T) those of R other scenes.
         rng_seed: of the permutations.
         permutations: random divisions of all scenes into S and R; p is at least 1 / (permutations + 1).
+        paired: whether scene i of both samples has the same objects. Then only the two scenes of a pair change places:
+            how scenes of other objects differ would else hide how the samples do.
 
     Raises:
         ValueError: the samples are not of such shapes, or one has no value.
@@ -229,11 +234,13 @@ def ks_test(first: Tensor, second: Tensor, *, rng_seed: int, permutations: int =
         share = [x[order].cumsum(0) / x.sum(0) for x in (labels, 1 - labels)]
         return (share[0] - share[1])[last_of_ties].abs().amax(0)
 
-    _check_samples(first, second, 2)
-    return _permutation_test(first[:, :, None], second[:, :, None], distances, rng_seed, permutations)
+    _check_samples(first, second, 2, paired)
+    return _permutation_test(first[:, :, None], second[:, :, None], distances, rng_seed, permutations, paired)
 
 
-def energy_test(first: Tensor, second: Tensor, *, rng_seed: int, permutations: int = 999) -> TwoSampleTest:
+def energy_test(
+    first: Tensor, second: Tensor, *, rng_seed: int, permutations: int = 999, paired: bool = False
+) -> TwoSampleTest:
     """Energy distance of points: (2 E|X - Y| - E|X - X'| - E|Y - Y'|) / 2 E|X - Y|.
 
     Args:
@@ -241,6 +248,7 @@ def energy_test(first: Tensor, second: Tensor, *, rng_seed: int, permutations: i
         second: (R, T, D) those of R other scenes.
         rng_seed: of the permutations.
         permutations: as in :func:`ks_test`.
+        paired: as in :func:`ks_test`.
 
     Raises:
         ValueError: the samples are not of such shapes, or one has no point.
@@ -255,41 +263,52 @@ def energy_test(first: Tensor, second: Tensor, *, rng_seed: int, permutations: i
         num_first, num_second = labels.sum(0), other.sum(0)
         across = (other * to_first).sum(0) / (num_first * num_second)
         within = (labels * to_first).sum(0) / num_first**2 + (other * to_second).sum(0) / num_second**2
-        return torch.where(across > 0, 1 - within / (2 * across), 0).clamp(min=0)
+        return torch.where(across == 0, 0, 1 - within / (2 * across)).clamp(min=0)
 
-    _check_samples(first, second, 3)
-    return _permutation_test(first, second, distances, rng_seed, permutations)
+    _check_samples(first, second, 3, paired)
+    return _permutation_test(first, second, distances, rng_seed, permutations, paired)
 
 
-def _check_samples(first: Tensor, second: Tensor, ndim: int) -> None:
+def _check_samples(first: Tensor, second: Tensor, ndim: int, paired: bool) -> None:
     wanted = "(scenes, turns)" if ndim == 2 else "(scenes, turns, D)"
     if first.ndim != ndim or second.ndim != ndim or first.shape[1:] != second.shape[1:]:
         raise ValueError(
             f"first and second must be {wanted} and alike, got {tuple(first.shape)} and {tuple(second.shape)}"
         )
+    if paired and len(first) != len(second):
+        raise ValueError(f"paired: first and second must have as many scenes, got {len(first)} and {len(second)}")
     for name, sample in (("first", first), ("second", second)):
         if not len(sample) or bool(sample.reshape(len(sample), -1).isnan().all()):
             raise ValueError(f"{name} has no value: nothing can be compared")
 
 
 def _permutation_test(
-    first: Tensor, second: Tensor, distances: Callable[[Tensor, Tensor], Tensor], rng_seed: int, permutations: int
+    first: Tensor,
+    second: Tensor,
+    distances: Callable[[Tensor, Tensor], Tensor],
+    rng_seed: int,
+    permutations: int,
+    paired: bool,
 ) -> TwoSampleTest:
     """Test points (S, T, D) and (R, T, D).
 
     ``distances`` takes points (n, D) and labels (n, B), 1 for the first sample, and returns (B,), one for each
-    column of labels.
+    column of labels, or NaN where a sample is empty.
     """
     values = torch.cat((first, second)).double()  # (S + R, T, D)
     is_value = ~values.isnan().any(2)
     rng = torch.Generator().manual_seed(rng_seed)
     scenes = torch.zeros(len(values), permutations + 1, dtype=torch.float64)
     scenes[: len(first), 0] = 1
-    for column in range(1, permutations + 1):
-        scenes[torch.randperm(len(values), generator=rng)[: len(first)], column] = 1
+    if paired:
+        stays = torch.rand(len(first), permutations, generator=rng) < 0.5
+        scenes[:, 1:] = torch.cat((stays, ~stays))
+    else:
+        for column in range(1, permutations + 1):
+            scenes[torch.randperm(len(values), generator=rng)[: len(first)], column] = 1
     labels = scenes[:, None].expand(-1, values.shape[1], -1)[is_value]  # (n, permutations + 1)
     found = distances(values[is_value], labels)
-    as_far = int((found[1:] >= found[0] - 1e-12).sum())
+    as_far = int((~(found[1:] < found[0] - 1e-12)).sum())
     num_first = int(labels[:, 0].sum())
     return TwoSampleTest(float(found[0]), (1 + as_far) / (1 + permutations), num_first, len(labels) - num_first)
 
@@ -313,12 +332,13 @@ def compare_layouts(drawn: Layout, real: Layout, other_real: Layout, *, rng_seed
     """Two-sample tests of every statistic, where all three have values.
 
     Places and sizes are tested apart for first turns, which stand at the centre in i-CLEVR, and for later ones. Places
-    are compared by :func:`energy_test`, rotations too, as points on a circle; all else by :func:`ks_test`.
+    are compared by :func:`energy_test`, rotations too, as points on a circle; all else by :func:`ks_test`. A drawn
+    scene has the objects of its real one, so the tests are paired.
 
     With many scenes any difference becomes significant, so read ``distance`` against ``floor`` first.
 
     Args:
-        drawn: of drawn scenes, best of the same objects in the same order as the real ones.
+        drawn: of drawn scenes, each of the same objects in the same order as the real scene of its number.
         real: of real scenes.
         other_real: of other real scenes, for the floor.
         rng_seed: of the permutations.
@@ -326,6 +346,9 @@ def compare_layouts(drawn: Layout, real: Layout, other_real: Layout, *, rng_seed
     Returns:
         Comparisons under ``place_first``, ``place_later``, ``area_first``, ... ``overlap``, ``visible``,
         ``out_of_view`` and ``rotation``.
+
+    Raises:
+        ValueError: there are not as many drawn scenes as real ones.
     """
     turns = {"first": slice(0, 1), "later": slice(1, None)}
     samples: dict[str, list[Tensor]] = {}
@@ -341,7 +364,7 @@ def compare_layouts(drawn: Layout, real: Layout, other_real: Layout, *, rng_seed
         if any(bool(sample.isnan().all()) for sample in (of_drawn, of_real, of_other)):
             continue
         test = energy_test if of_real.ndim == 3 else ks_test
-        found = test(of_drawn, of_real, rng_seed=rng_seed)
+        found = test(of_drawn, of_real, rng_seed=rng_seed, paired=True)
         floor = test(of_other, of_real, rng_seed=rng_seed, permutations=0)
         comparisons[name] = Comparison(found.distance, found.p_value, floor.distance, found.num_first, found.num_second)
     return comparisons

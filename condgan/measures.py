@@ -25,6 +25,7 @@ CHUNK = 256
 """Scenes that are turned to floating point at once."""
 NEIGHBOURS = 5
 """A neighbourhood of features reaches to this nearest picture of the same kind."""
+NEIGHBOUR_SCORES = metrics.NeighbourScores._fields
 
 
 class Score(NamedTuple):
@@ -44,38 +45,74 @@ def ratio(values: Tensor, weights: Tensor, groups: int, samples: int | None = No
     Args:
         values: (N,) of N pictures, or scenes, in the order of their groups.
         weights: (N,) not negative.
-        groups: number of groups, of N / groups pictures each; those whose weights are all zero are left out.
+        groups: number of groups, of N / groups pictures each; those whose weights are all zero are left out. One
+            group says nothing of others: there is no interval.
         samples: of the score; None is the sum of the weights.
     """
     values, weights = (x.double().reshape(groups, -1).sum(1) for x in (values, weights))
     values, weights = values[weights > 0], weights[weights > 0]
     if len(weights) == 0:
         return NOTHING
-    interval = metrics.bootstrap_interval(values, weights, rng_seed=0)
+    interval = metrics.bootstrap_interval(values, weights, rng_seed=0) if len(weights) > 1 else None
     return Score(float(values.sum() / weights.sum()), interval, int(weights.sum()) if samples is None else samples)
 
 
 def quantile(values: Tensor, share: float, resamples: int = 2000) -> Score:
-    """A quantile of values (S, T) of S scenes, NaN being none, with its interval over scenes."""
+    """A quantile of values (S, T) of S scenes, NaN being none, with its interval over scenes, if there are several."""
     values = values[~values.isnan().all(1)].double()
     if len(values) == 0:
         return NOTHING
+    whole, samples = float(values.nanquantile(share)), int((~values.isnan()).sum())
+    if len(values) == 1:
+        return Score(whole, None, samples)
     rng = torch.Generator().manual_seed(0)
     rows = torch.randint(len(values), (resamples, len(values)), generator=rng)
     found = torch.cat([values[part].flatten(1).nanquantile(share, 1) for part in rows.split(100)])
     low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Score(float(values.nanquantile(share)), (low, high), int((~values.isnan()).sum()))
+    return Score(whole, (low, high), samples)
+
+
+def quotient(first: Score, second: Score) -> Score:
+    """One score by another that was measured on other pictures, with an interval that both intervals make.
+
+    Args:
+        first: not negative.
+        second: likewise. If it is 0 there is no quotient; if its interval reaches to 0 or to twice its value, or one of
+            the two has none, the quotient has no interval.
+
+    Source: MOVER-R, Donner and Zou 2012, "Closed-form confidence intervals for functions of the normal mean and
+    standard deviation".
+    """
+    a, b = first.value, second.value
+    if a is None or not b:
+        return NOTHING
+    if first.ci95 is None or second.ci95 is None or not 0 < second.ci95[0] <= second.ci95[1] < 2 * b:
+        return Score(a / b, None, first.samples)
+    (a_low, a_high), (b_low, b_high) = first.ci95, second.ci95
+
+    def end(near: float, far: float, sign: float) -> float:
+        """Of the ends of the first interval and of the second that are nearer to and farther from this end."""
+        below = near * far * (2 * a - near) * (2 * b - far)
+        return (a * b + sign * math.sqrt(max((a * b) ** 2 - below, 0))) / (far * (2 * b - far))
+
+    return Score(a / b, (end(a_low, b_high, -1), end(a_high, b_low, 1)), first.samples)
 
 
 def rightness(
-    logits: Tensor, asked: Tensor, counts: Tensor | None, groups: int, importance: Tensor | None = None
+    logits: Tensor,
+    asked: Tensor,
+    counts: Tensor,
+    num_objects: Tensor,
+    groups: int,
+    importance: Tensor | None = None,
 ) -> dict[str, Score]:
     """Whether the asked objects are there, and no others.
 
     Args:
         logits: (N, K) of a judge.
         asked: (N, K) multi-hot.
-        counts: (N,) objects found in each picture, whatever they are; None leaves ``count_accuracy`` out.
+        counts: (N,) objects found in each picture, whatever they are.
+        num_objects: (N,) objects asked, an object of which two were asked counted twice.
         groups: as in :func:`ratio`.
         importance: (N,) how often each picture counts; None is once.
     """
@@ -88,16 +125,14 @@ def rightness(
             values, weights = values * importance, weights * importance
         return ratio(values, weights, groups, int(samples.sum()))
 
-    scores = {
+    return {
         "accuracy": share(metrics.top_k_found(logits, asked), num_asked, num_asked),
         "exact": share(metrics.exact_set(logits, asked), one_each, one_each),
         "object_precision": share(num_both, num_seen, num_seen),
         "object_recall": share(num_both, num_asked, num_asked),
         "object_f1": share(2 * num_both, num_asked + num_seen, num_asked),
+        "count_accuracy": share(counts.cpu() == num_objects, one_each, one_each),
     }
-    if counts is not None:
-        scores["count_accuracy"] = share(counts.cpu() == num_asked, one_each, one_each)
-    return scores
 
 
 def importance_like(lengths: Tensor, wanted: Tensor) -> Tensor | None:
@@ -183,8 +218,8 @@ def diversity(final: Tensor, objects: Tensor, real: Scenes | None) -> dict[str, 
         real: scenes that may hold equal sets; None leaves ``diversity_real`` and ``diversity_ratio`` out.
 
     Returns:
-        ``diversity`` in grey levels; ``diversity_real``, over the lists of sizes of which real pairs exist; and
-        ``diversity_ratio``, drawn by real over these lists.
+        ``diversity`` in grey levels; ``diversity_real``, over the lists of sizes of which real pairs exist, its
+        interval over sets of objects; and ``diversity_ratio``, drawn by real over these lists.
     """
     if final.shape[1] < 2:
         return {}
@@ -192,29 +227,55 @@ def diversity(final: Tensor, objects: Tensor, real: Scenes | None) -> dict[str, 
     pairs = final.shape[1] * (final.shape[1] - 1) // 2
     scores = {"diversity": ratio(drawn, torch.ones(len(drawn)), len(drawn), samples=len(drawn) * pairs)}
     if real is not None:
-        of_sizes = _diversity_by_size(real)
-        aims = torch.tensor([of_sizes.get(int(size), 0.0) for size in objects.sum(1)])
-        drawn, aims = drawn[aims > 0], aims[aims > 0]
-        if len(aims):
-            scores["diversity_real"] = ratio(aims, torch.ones(len(aims)), len(aims))
-            scores["diversity_ratio"] = ratio(drawn, aims, len(aims), samples=len(aims) * pairs)
+        sizes, of_sets = objects.sum(1).long(), _diversity_of_sets(real)
+        comparable = torch.tensor([int(size) in of_sets for size in sizes])
+        if comparable.any():
+            aims, mean = _aims(sizes[comparable], of_sets)
+            scores["diversity_real"] = mean
+            if mean.value:
+                paired = ratio(drawn[comparable], aims, len(aims), samples=len(aims) * pairs)
+                scores["diversity_ratio"] = quotient(paired, _divided(mean, mean.value))
     return scores
 
 
-def _diversity_by_size(real: Scenes) -> dict[int, float]:
-    """Mean distance of all pairs of real pictures that hold the same set, for each size of set that has pairs."""
+def _divided(score: Score, divisor: float) -> Score:
+    """A score in other units."""
+    if score.value is None or score.ci95 is None:
+        return score
+    low, high = score.ci95
+    return Score(score.value / divisor, (low / divisor, high / divisor), score.samples)
+
+
+def _diversity_of_sets(real: Scenes) -> dict[int, Tensor]:
+    """For each size of sets of objects (G, 2) float64: sum of distances of the pairs of each set, and their number.
+
+    Pairs are of real pictures that hold the same set; sets without pairs are left out.
+    """
     groups: dict[tuple[float, ...], list[Tensor]] = {}
     pictures, asked = real.pictures[:, 1:].flatten(0, 1), real.asked.flatten(0, 1)
     for picture, objects in zip(pictures, asked.tolist(), strict=True):
         groups.setdefault(tuple(objects), []).append(picture)
-    total: dict[int, float] = {}
-    pairs: dict[int, int] = {}
+    found: dict[int, list[tuple[float, int]]] = {}
     for objects, group in groups.items():
         if len(group) > 1:
-            size, count = int(sum(objects)), len(group) * (len(group) - 1) // 2
-            total[size] = total.get(size, 0.0) + count * metrics.diversity(from_uint8(torch.stack(group)))
-            pairs[size] = pairs.get(size, 0) + count
-    return {size: total[size] / pairs[size] for size in total}
+            count = len(group) * (len(group) - 1) // 2
+            total = count * metrics.diversity(from_uint8(torch.stack(group)))
+            found.setdefault(int(sum(objects)), []).append((total, count))
+    return {size: torch.tensor(of_sets, dtype=torch.float64) for size, of_sets in found.items()}
+
+
+def _aims(sizes: Tensor, of_sets: dict[int, Tensor], resamples: int = 2000) -> tuple[Tensor, Score]:
+    """Real diversity for the size of each list, (L,), and its mean, whose interval resamples the sets of each size."""
+    rng = torch.Generator().manual_seed(0)
+    aims, means = torch.zeros(len(sizes), dtype=torch.float64), torch.zeros(resamples, dtype=torch.float64)
+    for size in sizes.unique().tolist():
+        sets = of_sets[size]
+        aims[sizes == size] = sets[:, 0].sum() / sets[:, 1].sum()
+        totals, pairs = sets[torch.randint(len(sets), (resamples, len(sets)), generator=rng)].sum(1).unbind(1)
+        means += totals / pairs * (sizes == size).double().mean()
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    unsure = (low, high) if all(len(of_sets[size]) > 1 for size in sizes.tolist()) else None
+    return aims, Score(float(aims.mean()), unsure, len(aims))
 
 
 def looks(drawn: Tensor, real: Tensor, *, frechet_interval: bool = True) -> dict[str, Score]:
@@ -230,24 +291,28 @@ def looks(drawn: Tensor, real: Tensor, *, frechet_interval: bool = True) -> dict
         ``coverage`` of each scene's last. With fewer than three scenes there is the first only, without an interval.
     """
 
-    def distance(samples: Sequence[Tensor]) -> float:
-        return metrics.frechet_distance(samples[0].flatten(0, 1), samples[1].flatten(0, 1))
+    def distance(samples: Sequence[Tensor]) -> list[float]:
+        return [metrics.frechet_distance(samples[0].flatten(0, 1), samples[1].flatten(0, 1))]
+
+    def neighbours(samples: Sequence[Tensor]) -> list[float]:
+        drawn, real = (sample[:, -1] for sample in samples)
+        return [float(x.mean()) for x in metrics.neighbour_scores(real, drawn, k=min(NEIGHBOURS, len(real) - 1))]
 
     num_scenes, turns, _ = drawn.shape
     pictures = num_scenes * turns
-    interval = jackknife(distance, (drawn, real)) if frechet_interval and num_scenes > 2 else None
-    scores = {"frechet_distance": Score(distance((drawn, real)), interval, pictures)}
+    interval = jackknife(distance, (drawn, real))[0] if frechet_interval and num_scenes > 2 else None
+    scores = {"frechet_distance": Score(distance((drawn, real))[0], interval, pictures)}
     if num_scenes < 3:
         return scores
     kernel = metrics.kernel_distance(drawn.flatten(0, 1), real.flatten(0, 1), group_size=turns)
     near, far = max(kernel.with_noise - 1.96 * kernel.standard_error, 0.0), 1.96 * kernel.standard_error
-    neighbours = metrics.neighbour_scores(real[:, -1], drawn[:, -1], k=min(NEIGHBOURS, num_scenes - 1))
-    one_each = torch.ones(num_scenes)
-    return {
-        **scores,
-        "kernel_distance": Score(kernel.with_noise, (near, kernel.with_noise + far), pictures),
-        **{name: ratio(hits, one_each, num_scenes) for name, hits in neighbours._asdict().items()},
-    }
+    scores["kernel_distance"] = Score(kernel.with_noise, (near, kernel.with_noise + far), pictures)
+    samples = drawn, real
+    for name, value, (low, high) in zip(
+        NEIGHBOUR_SCORES, neighbours(samples), jackknife(neighbours, samples), strict=True
+    ):
+        scores[name] = Score(value, (low, high if name == "density" else min(high, 1.0)), num_scenes)
+    return scores
 
 
 def memorisation(drawn: Tensor, held_out: Tensor) -> dict[str, Score]:
@@ -257,32 +322,36 @@ def memorisation(drawn: Tensor, held_out: Tensor) -> dict[str, Score]:
         drawn: (S,) distances to the nearest training picture (:func:`condgan.features.copy_distances`).
         held_out: (R,) the same of held-out real pictures.
     """
-    found = metrics.memorisation(drawn, held_out, rng_seed=0)
+    found, several = metrics.memorisation(drawn, held_out, rng_seed=0), min(len(drawn), len(held_out)) > 1
     return {
-        "memorisation_ratio": Score(found.ratio, found.ratio_ci95, len(drawn)),
-        "memorisation_nearer": Score(found.nearer, found.nearer_ci95, len(drawn)),
+        "memorisation_ratio": Score(found.ratio, found.ratio_ci95 if several else None, len(drawn)),
+        "memorisation_nearer": Score(found.nearer, found.nearer_ci95 if several else None, len(drawn)),
         "memorisation_p": Score(found.p_value, None, len(drawn)),
     }
 
 
-def jackknife(function: Callable[[Sequence[Tensor]], float], samples: Sequence[Tensor], blocks: int = 20) -> Interval:
-    """95 % interval of a smooth function of several samples of scenes, by leaving out a block of scenes at a time.
+def jackknife(
+    function: Callable[[Sequence[Tensor]], Sequence[float]], samples: Sequence[Tensor], blocks: int = 20
+) -> list[Interval]:
+    """95 % intervals of smooth functions of several samples of scenes, by leaving out a block of scenes at a time.
 
-    For what a bootstrap would distort: distances of distributions grow when scenes are repeated.
+    For what a bootstrap would distort: distances of distributions grow when scenes are repeated, and a repeated
+    scene is its own neighbour.
 
     Args:
-        function: of samples such as those given.
+        function: of samples such as those given; its numbers are not negative.
         samples: tensors whose first axis is scenes.
         blocks: parts that every sample is divided into, or as many as the smallest has scenes.
 
     Source: Shao and Wu 1989, "A general theory for jackknife variance estimation"; normal interval.
     """
-    whole = function(samples)
+    whole = torch.tensor(function(samples), dtype=torch.float64)
     blocks = min(blocks, *map(len, samples))
     values = []
     for block in range(blocks):
         rest = [torch.cat([x for i, x in enumerate(sample.tensor_split(blocks)) if i != block]) for sample in samples]
         values.append(function(rest))
-    found = torch.tensor(values, dtype=torch.float64)
-    error = ((blocks - 1) / blocks * (found - found.mean()).square().sum()).sqrt().item()
-    return max(whole - 1.96 * error, 0.0), whole + 1.96 * error
+    found = torch.tensor(values, dtype=torch.float64)  # (blocks, numbers)
+    error = ((blocks - 1) / blocks * (found - found.mean(0)).square().sum(0)).sqrt()
+    low, high = (whole - 1.96 * error).clamp(min=0), whole + 1.96 * error
+    return list(zip(low.tolist(), high.tolist(), strict=True))

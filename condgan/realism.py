@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from condgan.datasets import SceneDataset, scene_split
-from condgan.drawing import SceneModel
+from condgan.drawing import Redraw, SceneModel, parse_best_of
 from condgan.functional import evaluating
 from condgan.images import from_uint8, grid, to_pil, to_uint8
 from condgan.precision import autocast
@@ -258,6 +258,10 @@ class RealismReport:
     """Name of the generator."""
     first_seed: int
     """Of the pictures that it drew."""
+    best_of: int = 1
+    """Candidates of each picture, or of each turn, of which the verifier kept one; 1 is a single draw."""
+    redraw: Redraw = "picture"
+    """With ``best_of``, what was drawn again."""
     told_apart: ToldApart
     """Drawn pictures against real ones."""
     real_against_real: ToldApart
@@ -274,7 +278,8 @@ class RealismReport:
     def to_dict(self) -> dict[str, Any]:
         """All but pictures and scores under their names, ready for JSON."""
         trials = {name: getattr(self, name).to_dict() for name in ("told_apart", "real_against_real", "blurred")}
-        return {"model": self.model, "first_seed": self.first_seed, **trials, "seconds": self.seconds}
+        drawn = {name: getattr(self, name) for name in ("model", "first_seed", "best_of", "redraw")}
+        return {**drawn, **trials, "seconds": self.seconds}
 
     def __str__(self) -> str:
         rows = [
@@ -288,7 +293,8 @@ class RealismReport:
             counts = f"{2 * trial.training_pictures:>9}{2 * trial.held_out_pictures:>10}"
             each = " ".join(f"{rate:.3f}" for rate in trial.rates)
             table.append(f"{name:<32}{trial.rate:>8.3f}   {f'{low:.3f} .. {high:.3f}':<18}{counts}   {each}")
-        head = f"{self.model}: how often a fresh classifier is right about drawn or real"
+        chosen = f", the best of {self.best_of} by the verifier, by {self.redraw}" if self.best_of > 1 else ""
+        head = f"{self.model}{chosen}: how often a fresh classifier is right about drawn or real"
         return "\n".join([head, *table, f"half of the pictures of each trial are real; {self.seconds:.0f} s"])
 
     def sheet(self, columns: int = 12, scale: int = 2) -> Image.Image:
@@ -339,6 +345,8 @@ def realism_report(
     control_seeds: int = 2,
     epochs: int = EPOCHS,
     first_seed: int = 0,
+    best_of: int = 1,
+    redraw: Redraw = "picture",
     device: torch.device | str | None = None,
     progress: bool = True,
     model_name: str | None = None,
@@ -364,6 +372,8 @@ def realism_report(
         control_seeds: classifiers for each control.
         epochs: how often a classifier sees each picture.
         first_seed: of the drawn pictures, which are numbered from there: first those to learn from.
+        best_of: candidates of each picture, of which the verifier keeps one; 1 takes every picture as it is drawn.
+        redraw: with ``best_of``, whether whole pictures are drawn again or single turns.
         device: where the classifiers are trained; None is where the generator is.
         progress: show progress bars on stderr.
         model_name: what the report calls the generator; None is the name of its class.
@@ -377,11 +387,11 @@ def realism_report(
     for name, value in (("pictures", pictures), ("seeds", seeds), ("control_seeds", control_seeds), ("epochs", epochs)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    first_seed = parse_seed(first_seed)
+    first_seed, best_of = parse_seed(first_seed), parse_best_of(best_of, redraw)
     device = next(generator.parameters()).device if device is None else device
     training, held_out = _read_real(data, generator)
     lists = parse_scenes(training.lists[:pictures] + held_out.lists, generator.vocabulary)
-    drawer = SceneDrawer(generator, generator.vocabulary, 1, "picture", BATCH_SIZE, progress)
+    drawer = SceneDrawer(generator, generator.vocabulary, best_of, redraw, BATCH_SIZE, progress)
     scenes, _ = drawer.draw(lists, range(first_seed, first_seed + len(lists)))
     drawn, held_out_drawn = scenes.final.split([len(lists) - len(held_out.lists), len(held_out.lists)])
 
@@ -404,6 +414,8 @@ def realism_report(
     return RealismReport(
         model=model_name or type(generator).__name__,
         first_seed=first_seed,
+        best_of=best_of,
+        redraw=redraw,
         told_apart=trial((training.pictures[: len(drawn)], held_out.pictures), (drawn, held_out_drawn), seeds),
         real_against_real=trial(one_half, other_half, control_seeds),
         blurred=trial(one_half, [blur(split) for split in other_half], control_seeds),

@@ -96,6 +96,8 @@ class RealScenes:
     validation: Scenes
     lists: list[list[str]]
     """The objects of each test scene in the order of its turns."""
+    validation_lists: list[list[str]]
+    """Likewise of each validation scene."""
     places: Tensor
     """(S, T, 2) where they are in the test scenes, in pixels."""
     training: Tensor
@@ -156,6 +158,6 @@ def read_real(data: str | Path, generator: SceneModel, vocabulary: Vocabulary) -
         empty = to_uint8(generator.canvas.remove_objects(first).float().cpu())
         return Scenes(torch.cat((empty[:, None], dataset.pixels), 1), encode_objects(lists, vocabulary)), lists
 
-    (test, lists), (validation, _) = read("test"), read("validation")
-    places = places_of_turns(test.pictures)
-    return RealScenes(test, validation, lists, places, open_real(data, generator.image_size, "train").pixels)
+    (test, lists), (validation, validation_lists) = read("test"), read("validation")
+    places, training = places_of_turns(test.pictures), open_real(data, generator.image_size, "train").pixels
+    return RealScenes(test, validation, lists, validation_lists, places, training)

@@ -6,6 +6,7 @@ python examples/train_classifier.py --data iclevr --role verifier --out runs/ver
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from typing import NamedTuple
@@ -154,7 +155,8 @@ def main() -> None:
     rng = torch.Generator().manual_seed(role.seed)
     train = Pictures(SceneDataset(args.data, "train", role.half))
     validation = SceneDataset(args.data, "validation")
-    model = SceneClassifier(role.config).to(memory_format=torch.channels_last)
+    config = dataclasses.replace(role.config, image_size=validation.pixels.shape[-1])
+    model = SceneClassifier(config).to(memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,17 @@ def test_any_size_of_picture_gives_a_logit_an_object(stem: Any, pooling: Any, n:
     assert cells.shape == (n, -(-height // scale), -(-width // scale), 6)
 
 
+def test_pictures_are_seen_in_the_size_that_was_trained(classifier: SceneClassifier, images: Tensor) -> None:
+    larger = images.repeat_interleave(2, 2).repeat_interleave(2, 3)  # i-CLEVR at 128 pixels, resized, is at 64
+    with torch.no_grad():
+        torch.testing.assert_close(classifier(larger), classifier(images), rtol=0, atol=1e-5)
+        torch.testing.assert_close(classifier.probabilities(larger), classifier.probabilities(images))
+        small = SceneClassifier(replace(SMALL, image_size=32)).eval()
+        small.load_state_dict(classifier.state_dict())
+        torch.testing.assert_close(small(larger), small(images), rtol=0, atol=1e-5)
+        assert not torch.allclose(small(images), classifier(images), atol=0.1)
+
+
 def test_every_parameter_gets_a_gradient(images: Tensor) -> None:
     model = SceneClassifier(SMALL)
     model(images).square().mean().backward()
@@ -124,6 +136,11 @@ def test_pictures_of_another_shape_are_refused(classifier: SceneClassifier, shap
     for method in (classifier, classifier.probabilities):
         with pytest.raises(ValueError, match=rf"images must be \(N, 3, H, W\), got \({', '.join(map(str, shape))}\)"):
             method(torch.zeros(shape))
+
+
+def test_a_size_of_no_picture_is_refused() -> None:
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+        SceneClassifierConfig(image_size=0)
 
 
 def test_stages_need_a_width_and_a_count_each() -> None:

@@ -24,7 +24,7 @@ from condgan.functional import place_map, place_of_change
 from condgan.images import from_uint8
 from condgan.prepare import prepare
 
-SMALL = ObjectCounterConfig(widths=(6, 8, 10), blocks=2, threshold=0.3)
+SMALL = ObjectCounterConfig(widths=(6, 8, 10), blocks=2, threshold=0.3, image_size=32)
 
 
 def lively_counter(config: ObjectCounterConfig = SMALL) -> ObjectCounter:
@@ -71,6 +71,24 @@ def test_every_parameter_gets_a_gradient(images: Tensor) -> None:
     for name, parameter in counter.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 96), (16, 48)])
+def test_places_are_pixels_of_the_picture_whatever_its_size(height: int, width: int) -> None:
+    """Heat around one place of the picture that is seen is found at that place of the picture that was given."""
+    counter = lively_counter()
+    heat = -((torch.arange(16)[:, None] - 4).square() + (torch.arange(16) - 10).square()).float()
+    seen: list[tuple[int, ...]] = []
+
+    def forward(images: Tensor) -> Tensor:
+        seen.append(tuple(images.shape))
+        return 5 + heat[None, None].expand(len(images), -1, -1, -1)
+
+    counter.forward = forward  # type: ignore[method-assign]
+    (found,) = counter.places(torch.zeros(1, 3, height, width))
+    assert seen == [(1, 3, 32, 32)]
+    x, y = (10.5 * width / 16 - 0.5, 4.5 * height / 16 - 0.5)  # the middle of cell (10, 4) of 16
+    torch.testing.assert_close(found, torch.tensor([[x, y]]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (2, 1, 64, 64), (2, 64, 64, 3)])

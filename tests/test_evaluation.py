@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from condgan import layout, scenes
+from condgan import evaluation, layout, scenes
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.configs import GeneratorConfig
 from condgan.counter import ObjectCounter, ObjectCounterConfig
@@ -251,11 +251,12 @@ def test_seeds_are_fixed_by_the_rule_and_results_do_not_depend_on_the_batch_size
     for batch_size in (1, 5, 64):
         asked.clear()
         reports.append(score(spy, draws=3, real=True, seed=100, batch_size=batch_size))
-        main, matched = asked[: 3 * len(LISTS)], asked[3 * len(LISTS) :]
+        main, of_real = asked[: 3 * len(LISTS)], asked[3 * len(LISTS) :]
         expected = {(tuple(names), 100 + draw * len(LISTS) + i) for i, names in enumerate(LISTS) for draw in range(3)}
         assert len(main) == len(set(main))
         assert set(main) == expected
-        assert [seed for _, seed in matched] == list(range(112, 124))
+        # 12 test scenes, which a model that knows places draws a second time, and 8 of validation
+        assert [seed for _, seed in of_real] == [*range(112, 124), *range(136, 144)]
     first, *others = [_flat(report) for report in reports]
     for other in others:
         assert other.keys() == first.keys()
@@ -363,6 +364,9 @@ def test_real_diversity_compares_sets_of_equal_size(score: Score, packed: Path) 
         (a - b).square().mean().sqrt().item() for group in firsts.values() for a, b in itertools.combinations(group, 2)
     ]
     assert report.measures["diversity"].real == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
+    low, high = report.measures["diversity_ratio"].ci95 or (0, 0)
+    ratio = report.measures["diversity_ratio"].drawn
+    assert 0 < low < ratio < high, "two sets of real pairs are not sure what real diversity is"
     singles = score(_honest, [LISTS[0], LISTS[3]], real=True).measures
     assert singles["diversity_ratio"].drawn == pytest.approx(singles["diversity"].drawn / singles["diversity"].real)
     threes = score(_honest, [LISTS[2]], real=True).measures
@@ -405,8 +409,37 @@ def test_no_picture_is_shuffled_to_its_own_list(score: Score) -> None:
     assert score(_honest, apart, draws=5).measures["object_recall"].shuffled == 0
 
 
-def test_one_list_cannot_be_shuffled(score: Score) -> None:
-    assert score(_honest, LISTS[:1]).measures["accuracy"].shuffled is None
+def test_one_list_cannot_be_shuffled_and_says_nothing_of_others(score: Score) -> None:
+    report = score(_honest, LISTS[2:3], draws=5)
+    for name in ("accuracy", "exact", "retention", "preservation", "diversity"):
+        measure = report.measures[name]
+        assert measure.drawn is not None, name
+        assert (measure.shuffled, measure.ci95) == (None, None), name
+    assert report.to_dict()["accuracy_ci95"] is None
+    assert "accuracy" in str(report)
+
+
+def test_objects_asked_twice_are_counted_twice(score: Score) -> None:
+    class Two(_Tally):
+        def count(self, images: Tensor, batch_size: int = 256) -> Tensor:
+            return torch.full((len(images),), 2)
+
+    twice = [["red cube", "red cube"], ["blue sphere", "blue sphere"]]
+    assert score(_honest, twice, counter=Two()).measures["count_accuracy"].drawn == 1
+    assert score(_honest, [["red cube"], ["blue sphere"]], counter=Two()).measures["count_accuracy"].drawn == 0
+
+
+@pytest.mark.parametrize("count", [5, 256, 300, 1000])
+def test_the_blank_control_is_of_scenes_from_first_to_last(count: int) -> None:
+    numbers = torch.arange(count).view(-1, 1, 1).expand(-1, 1, 1)
+    pictures = (numbers % 251).to(torch.uint8)[:, :, :, None, None].expand(-1, 2, 3, 1, 1)
+    blank = evaluation._blank(scenes.Scenes(pictures, numbers))
+    chosen = blank.objects.flatten()
+    assert len(chosen) == min(count, 256)
+    assert chosen[0] == 0
+    assert count - 1 - chosen[-1] <= count // 256
+    assert chosen.diff().max() <= -(-count // 256), "evenly"
+    assert blank.pictures[:, 1, 0, 0, 0].tolist() == (chosen % 251).tolist()
 
 
 # --- looks --------------------------------------------------------------------------------------------------------
@@ -435,17 +468,23 @@ def _copies(packed: Path, split: str, lighter: int = 0) -> DrawTurns:
 LOOKS = ("frechet_distance", "kernel_distance", "precision", "recall", "coverage")
 
 
-def test_pictures_that_are_the_real_ones_are_at_no_distance(score: Score, packed: Path) -> None:
-    report = score(_copies(packed, "test"), real=True)
-    assert _drawn(report, *LOOKS) == pytest.approx([0, 0, 1, 1, 1], abs=1e-6)
+def test_pictures_that_are_real_ones_are_on_the_floor(score: Score, packed: Path) -> None:
+    """The floor is of the validation scenes, and scenes drawn for the same lists are held against it."""
+    report = score(_copies(packed, "validation"), real=True)
     assert [report.measures[name].samples for name in LOOKS] == [24, 24, 8, 8, 8]  # validation has 8 scenes of 3
     floors = [report.measures[name].real for name in LOOKS]
+    assert _drawn(report, *LOOKS) == pytest.approx(floors, rel=1e-6)
     assert floors[0] > 1 and floors[1] > 0
-    lighter = score(_copies(packed, "test", lighter=20), real=True)
+    assert score(_copies(packed, "test"), real=True).measures[LOOKS[0]].drawn != pytest.approx(floors[0], rel=0.01)
+    lighter = score(_copies(packed, "validation", lighter=40), real=True)
     for name in LOOKS[:2]:
         assert lighter.measures[name].drawn > report.measures[name].drawn + 0.1, name
     low, high = lighter.measures["frechet_distance"].ci95
     assert low < lighter.measures["frechet_distance"].drawn < high
+    for name in ("precision", "recall", "density", "coverage"):
+        low, high = lighter.measures[name].ci95
+        assert 0 <= low <= lighter.measures[name].drawn <= high, name
+        assert high <= 1 or name == "density"
     for name in LOOKS:
         assert report.is_told(name), name
 
@@ -517,6 +556,7 @@ def test_asked_places_are_those_of_real_scenes_and_missing_them_costs(score: Sco
     measure = report.measures["place_error"]
     assert measure.drawn == pytest.approx(2, abs=0.75)  # 2 to the right of the nearest pixel
     assert measure.samples == 36
+    assert measure.real == 0
     assert measure.shuffled > measure.drawn
     assert measure.blank == pytest.approx(SIZE * 2**0.5)
     assert report.measures["place_error_p95"].drawn >= measure.drawn

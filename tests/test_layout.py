@@ -224,6 +224,39 @@ def test_scenes_are_permuted_not_values() -> None:
     assert often[:2] == once[:2]
 
 
+@pytest.mark.parametrize("test", [ks_test, energy_test])
+def test_pairs_see_what_their_scenes_have_not_in_common(test: Callable[..., TwoSampleTest]) -> None:
+    """Scenes differ by much more than the two scenes of a pair."""
+    rng = torch.Generator().manual_seed(2)
+    dims = (2,) if test is energy_test else ()
+    common = 5 * torch.randn(60, 2, *dims, generator=rng)
+
+    def pairs(shift: float) -> tuple[Tensor, Tensor]:
+        first, second = (common + 0.5 * torch.randn(common.shape, generator=rng) for _ in range(2))
+        return first + shift, second
+
+    first, second = pairs(0.7)
+    paired = test(first, second, rng_seed=0, paired=True)
+    unpaired = test(first, second, rng_seed=0)
+    assert paired.distance == unpaired.distance
+    assert paired.p_value <= 0.01 < 0.2 < unpaired.p_value
+    p_values = [test(*pairs(0.0), rng_seed=0, permutations=99, paired=True).p_value for _ in range(40)]
+    assert sum(p <= 0.1 for p in p_values) <= 10  # 4 are expected
+    assert sum(p > 0.5 for p in p_values) >= 10
+    with pytest.raises(ValueError, match="paired: first and second must have as many scenes, got 60 and 59"):
+        test(first, second[1:], rng_seed=0, paired=True)
+
+
+@pytest.mark.parametrize("test", [ks_test, energy_test])
+def test_divisions_that_leave_a_sample_empty_do_not_speak_against_chance(test: Callable[..., TwoSampleTest]) -> None:
+    """Of one value in each sample half of the divisions put both into one."""
+    dims = (1,) if test is energy_test else ()
+    first, second = (torch.full((40, 1, *dims), math.nan) for _ in range(2))
+    first[0], second[0] = 0.0, 1.0
+    assert test(first, second, rng_seed=0) == TwoSampleTest(1, 1, 1, 1)
+    assert test(first, second, rng_seed=0, paired=True) == TwoSampleTest(1, 1, 1, 1)
+
+
 def test_samples_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(scenes, turns\) and alike, got \(2,\)"):
         ks_test(torch.zeros(2), torch.zeros(2), rng_seed=0)
@@ -257,6 +290,9 @@ def test_layouts_are_compared_statistic_by_statistic() -> None:
     assert shifted["place_later"].distance > 5 * shifted["place_later"].floor
     assert shifted["width_later"].p_value > 0.05
     larger = compare_layouts(layout_of(rng, 60, side=9), real, other, rng_seed=0)
+    near = compare_layouts(real._replace(place=real.place + 0.5), real, other, rng_seed=0)
+    assert near["place_later"].p_value <= 0.002, "a drawn scene is held against its own real one"
+    assert near["place_later"].distance < near["place_later"].floor
     assert larger["area_later"].distance > 0.9
     assert larger["area_first"].distance == 0
     assert larger["area_later"].floor == pytest.approx(alike["area_later"].floor)

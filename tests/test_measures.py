@@ -11,10 +11,13 @@ from torch import Tensor
 from condgan import metrics
 from condgan.measures import (
     NOTHING,
+    Score,
+    diversity,
     importance_like,
     jackknife,
     place_errors,
     quantile,
+    quotient,
     ratio,
     retention,
     rightness,
@@ -49,6 +52,24 @@ def test_ratio_is_of_sums_and_leaves_out_groups_without_weight() -> None:
     assert score.ci95 == metrics.bootstrap_interval(torch.tensor([3.0, 3]), torch.tensor([4.0, 4]), rng_seed=0)
     assert ratio(torch.zeros(4), torch.zeros(4), groups=2) == NOTHING
     assert ratio(torch.ones(4), torch.ones(4), groups=2, samples=9).samples == 9
+    assert ratio(torch.tensor([1, 0, 0, 0]), torch.tensor([1, 1, 0, 0]), groups=2) == Score(0.5, None, 2)
+
+
+def test_a_quotient_is_as_unsure_as_both_scores() -> None:
+    rng = torch.Generator().manual_seed(0)
+    a, b = 6 + 0.9 * torch.randn(20000, generator=rng), 3 + 0.5 * torch.randn(20000, generator=rng)
+    first, second = (Score(m, (m - 1.96 * s, m + 1.96 * s), 5) for m, s in ((6.0, 0.9), (3.0, 0.5)))
+    found = quotient(first, second)
+    low, high = (a / b).quantile(torch.tensor([0.025, 0.975])).tolist()
+    assert (found.value, found.samples) == (2, 5)
+    assert found.ci95 == (pytest.approx(low, rel=0.03), pytest.approx(high, rel=0.03))
+    sure = Score(3.0, (3.0, 3.0), 9)
+    assert quotient(first, sure).ci95 == (pytest.approx((6 - 1.764) / 3), pytest.approx((6 + 1.764) / 3))
+    assert quotient(first, Score(3.0, None, 9)) == Score(2, None, 5)
+    assert quotient(Score(6.0, None, 5), second) == Score(2, None, 5)
+    assert quotient(first, Score(3.0, (0.0, 5.0), 9)) == Score(2, None, 5)
+    assert quotient(first, Score(3.0, (1.0, 6.0), 9)) == Score(2, None, 5)
+    assert quotient(first, Score(0.0, (0.0, 1.0), 9)) == quotient(NOTHING, second) == NOTHING
 
 
 def test_quantile_is_of_all_values_with_an_interval_over_scenes() -> None:
@@ -58,6 +79,7 @@ def test_quantile_is_of_all_values_with_an_interval_over_scenes() -> None:
     low, high = score.ci95 or (math.nan, math.nan)
     assert 1.5 <= low < 3 < high <= 4.5
     assert quantile(torch.full((2, 2), math.nan), 0.5) == NOTHING
+    assert quantile(values[:1], 0.5) == Score(1.5, None, 2)
     sure = quantile(torch.arange(1000.0)[:, None], 0.95)
     assert sure.value == pytest.approx(949, abs=1)
     low, high = sure.ci95 or (math.nan, math.nan)
@@ -68,7 +90,7 @@ def test_quantile_is_of_all_values_with_an_interval_over_scenes() -> None:
 def test_rightness_by_hand() -> None:
     asked = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 0]])
     logits = torch.tensor([[SEEN, UNSEEN, SEEN + 1, UNSEEN - 1], [UNSEEN, UNSEEN, SEEN, UNSEEN]])
-    scores = rightness(logits, asked, torch.tensor([2, 2]), groups=2)
+    scores = rightness(logits, asked, torch.tensor([2, 2]), torch.tensor([2, 1]), groups=2)
     values = {name: score.value for name, score in scores.items()}
     assert values == pytest.approx(
         {
@@ -83,7 +105,8 @@ def test_rightness_by_hand() -> None:
     assert [score.samples for score in scores.values()] == [3, 2, 3, 3, 3, 2]
     micro = metrics.object_scores(logits, asked)
     assert (values["object_precision"], values["object_recall"], values["object_f1"]) == pytest.approx(micro)
-    assert "count_accuracy" not in rightness(logits, asked, None, groups=2)
+    twice = rightness(logits, asked, torch.tensor([2, 2]), torch.tensor([2, 2]), groups=2)
+    assert twice["count_accuracy"].value == 1, "an object that was asked twice is to be there twice"
 
 
 def test_pictures_count_as_often_as_lists_with_as_many_objects() -> None:
@@ -95,7 +118,7 @@ def test_pictures_count_as_often_as_lists_with_as_many_objects() -> None:
     logits = torch.where(asked > 0, SEEN, UNSEEN)
     logits[2, 2] = 2 * UNSEEN  # one object of one of the two pictures with three
     logits[4] = -logits[4]  # what no list is like does not matter
-    scores = rightness(logits, asked, torch.tensor([1, 2, 3, 1, 2, 2]), 2, importance)
+    scores = rightness(logits, asked, torch.tensor([1, 2, 3, 1, 2, 2]), lengths, 2, importance)
     assert scores["accuracy"].value == pytest.approx((2 * 0.75 + 2.25 * 5) / (2 * 0.75 + 2.25 * 6))
     assert scores["exact"].value == pytest.approx((2 * 0.75 + 2.25) / 6)
     assert scores["count_accuracy"].value == pytest.approx((2 * 0.75 + 2.25) / 6)
@@ -132,9 +155,33 @@ def test_jackknife_of_a_mean_is_its_standard_error() -> None:
     rng = torch.Generator().manual_seed(0)
     values = torch.randn(2000, generator=rng, dtype=torch.float64) + 5
 
-    def mean(samples: list[Tensor]) -> float:
-        return float(samples[0].mean())
+    def means(samples: list[Tensor]) -> list[float]:
+        return [float(samples[0].mean()), float(samples[0].square().mean())]
 
-    low, high = jackknife(mean, [values], blocks=200)
+    (low, high), of_squares = jackknife(means, [values], blocks=200)
+    square = values.square()
+    spread = 1.96 * float(square.std()) / math.sqrt(2000)
+    assert of_squares == pytest.approx((float(square.mean()) - spread, float(square.mean()) + spread), abs=spread / 4)
     assert (low + high) / 2 == pytest.approx(float(values.mean()))
     assert high - low == pytest.approx(2 * 1.96 / math.sqrt(2000), rel=0.2)
+
+
+def test_diversity_by_real_pairs_is_as_unsure_as_few_sets_make_it() -> None:
+    """Real pictures of many sets of one object, each with two pictures; and of one set of two."""
+    rng = torch.Generator().manual_seed(0)
+    objects = [[i, -1] for i in range(12) for _ in range(2)] + [[0, 1], [0, 1]]
+    real = scenes_of(objects, num_objects=12)
+    real.pictures[:, 1:] = torch.randint(256, (len(objects), 1, 3, 16, 16), generator=rng, dtype=torch.uint8)
+    real.pictures[0:8, 1:] //= 2  # four sets are darker and vary less
+    final = torch.randint(256, (10, 3, 3, 16, 16), generator=rng, dtype=torch.uint8)
+    one, two = torch.eye(12)[:10], torch.eye(12)[:10] + torch.eye(12)[1:11]
+    scores = diversity(final, one, real)
+    low, high = scores["diversity_real"].ci95 or (0, 0)
+    assert 0.8 < low / (scores["diversity_real"].value or 0) < 0.9 < 1.1 < high / (scores["diversity_real"].value or 0)
+    low, high = scores["diversity_ratio"].ci95 or (0, 0)
+    assert high - low > 0.25, "draws vary alike: what is unsure is how real pictures do"
+    of_one_set = diversity(final, two, real)
+    assert of_one_set["diversity_ratio"].value is not None
+    assert of_one_set["diversity_ratio"].ci95 is None
+    real.pictures[:] = 0
+    assert "diversity_ratio" not in diversity(final, one, real)

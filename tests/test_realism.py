@@ -15,9 +15,9 @@ from PIL import Image
 from scenes import write_iclevr_layout
 from torch import Tensor
 
-from condgan import IterativeGenerator, cli, evaluation, realism
+from condgan import IterativeGenerator, cli, evaluation, realism, scenes
 from condgan.datasets import SceneDataset, scene_split
-from condgan.drawing import draw_turns
+from condgan.drawing import Best, draw_turns
 from condgan.images import to_uint8
 from condgan.prepare import prepare
 from condgan.realism import RealismReport, ToldApart, blur, realism_report, told_apart
@@ -287,6 +287,31 @@ def test_fewer_pictures_and_another_seed_leave_the_rest_as_it_was(
     assert [(call["seeds"], call["epochs"]) for call in trials[3:]] == [(3, 4), (1, 4), (1, 4)]
 
 
+@pytest.mark.parametrize("redraw", ["picture", "turn"])
+def test_the_verifiers_choice_may_be_what_is_told_apart(
+    redraw: Any, compact: IterativeGenerator, data: Path, trials: list[dict[str, Any]], monkeypatch: Any
+) -> None:
+    asked: list[tuple[list[int], int]] = []
+
+    def best(generator: Any, lists: Any, seeds: list[int], best_of: int, *, places: object) -> Best:
+        asked.append((seeds, best_of))
+        turns = draw_turns(compact, lists, [seed + 1000 for seed in seeds])
+        return Best(turns.images, None, seeds, None, [[1] * len(names) for names in lists])
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("a single draw, or the other way to redraw")
+
+    for name in ("draw_turns", "best_pictures", "best_turns"):
+        monkeypatch.setattr(scenes, name, best if name == f"best_{redraw}s" else never)
+    report = realism_report(compact, data, first_seed=3, best_of=4, redraw=redraw, progress=False)
+    assert {best_of for _, best_of in asked} == {4}
+    assert [seed for seeds, _ in asked for seed in seeds] == list(
+        range(3, 3 + len(trials[0]["drawn"]) + len(report.held_out_drawn))
+    )
+    assert (report.to_dict()["best_of"], report.to_dict()["redraw"]) == (4, redraw)
+    assert f"the best of 4 by the verifier, by {redraw}: how often" in str(report)
+
+
 def test_report_of_real_trials(compact: IterativeGenerator, data: Path) -> None:
     options = {"pictures": 8, "seeds": 2, "control_seeds": 1, "epochs": 1, "progress": False}
     report = realism_report(compact, data, **options)  # type: ignore[arg-type]
@@ -306,6 +331,7 @@ def test_report_of_real_trials(compact: IterativeGenerator, data: Path) -> None:
         ({"pictures": 0}, "pictures must be at least 1, got 0"),
         ({"control_seeds": 0}, "control_seeds must be at least 1, got 0"),
         ({"first_seed": -1}, "seed must be between 0"),
+        ({"best_of": 0}, "best_of"),
         ({"data": "nowhere.npy"}, "there is no file 'nowhere.npy'"),
         ({"data": "."}, "there is no file 'condgan-64.npy'"),
     ],
@@ -379,7 +405,8 @@ def test_table_and_json(report: RealismReport) -> None:
     assert "control: real against real" in lines
     assert "control: real, blurred by 0.5 px" in lines
     content = json.loads(json.dumps(report.to_dict()))
-    assert content.keys() == {"model", "first_seed", "told_apart", "real_against_real", "blurred", "seconds"}
+    trials = {"told_apart", "real_against_real", "blurred"}
+    assert content.keys() == {"model", "first_seed", "best_of", "redraw", *trials, "seconds"}
     assert content["told_apart"] == {
         "rate": 0.625,
         "rates": [0.5, 0.75],
