@@ -155,7 +155,8 @@ def fit_places(
     """Teach the place model where real objects stand, given what the finished RNN says and how the scene is lit.
 
     First turns start from empty scenes that the generator draws, each in the light of the real one, not from the real
-    ones: what is left of an object where it was taken out of a real picture would give its place away. AdamW in batches
+    ones: what is left of an object where it was taken out of a real picture would give its place away, and so would
+    its tint (:meth:`condgan.canvas.Canvas.scene_light`). AdamW in batches
     of 128, from the weights that the place model has. Equal arguments give equal weights; the global random state is
     left alone.
 
@@ -175,7 +176,7 @@ def fit_places(
     if model is None:
         raise ValueError("generator: its configuration has places=False, so there is nothing to fit")
     conditions, alone = _read_both_ways(generator, objects)
-    empty = _empty_scenes(generator, pixels[:, 1], torch.Generator().manual_seed(0))
+    empty = _empty_scenes(generator, pixels[:, 1], objects[:, 0], torch.Generator().manual_seed(0))
     before = torch.cat((empty[:, None], pixels[:, 1:-1]), 1).flatten(0, 1)
     where = places.flatten(0, 1)
 
@@ -190,13 +191,13 @@ def fit_places(
 
 
 @torch.no_grad()
-def _empty_scenes(generator: IterativeGenerator, pictures: Tensor, rng: torch.Generator) -> Tensor:
-    """Canvases (N, 3, H, W) uint8 in the light of pictures (N, 3, H, W) uint8."""
-    device, scenes = generator.canvas.mean.device, []
-    for chunk in pictures.split(FIT_BATCH_SIZE):
-        scores = generator.canvas.estimate_light(from_uint8(chunk.to(device))).scores
-        grain = torch.randn(chunk.shape, generator=rng).to(device)
-        scenes.append(to_uint8(generator.canvas.in_light(scores, grain)).cpu())
+def _empty_scenes(generator: IterativeGenerator, first: Tensor, objects: Tensor, rng: torch.Generator) -> Tensor:
+    """Canvases (S, 3, H, W) uint8 in the light of first turns (S, 3, H, W) uint8 that added ``objects`` (S,)."""
+    canvas, scenes = generator.canvas, []
+    light = canvas.scene_light(from_uint8(first.to(canvas.mean.device)), objects)
+    for scores in light.split(FIT_BATCH_SIZE):
+        grain = torch.randn(len(scores), *canvas.mean.shape, generator=rng).to(scores)
+        scenes.append(to_uint8(canvas.in_light(scores, grain)).cpu())
     return torch.cat(scenes)
 
 
@@ -354,8 +355,9 @@ def correct_first_turns(
 ) -> None:
     """Measure what first turns have wrong on average, object by object, and have the generator take it off.
 
-    Draws the first turns of real scenes once more, in their own light, at their own places and with their own codes,
-    so that a cube is turned as the real one is and what is left is error. Around the codes there is noise, as around
+    Draws the first turns of real scenes once more, in their own light but without the tint that the object gives the
+    floor, at their own places and with their own codes, so that a cube is turned as the real one is and what is left is
+    error. Around the codes there is noise, as around
     those that the mapping makes: in some directions found codes hardly differ, and there noise is all that there is.
     Pictures are compared, and not what turns change: the empty scenes before real turns were made of pictures with the
     object, and the faintest of its shadow is left in them.
@@ -395,6 +397,7 @@ def correct_first_turns(
         codes = with_noise(found, torch.randn(found.shape, generator=rng).to(device), noise)
         if generator.mapping is not None:
             correction.turn_(*_by_kind(codes, kind, count))
+    canvases = _empty_scenes(generator, pixels[:, 1], objects, rng)
     changes = _Sums(count, numbers, generator.image_size, device)
     errors = _Sums(count, numbers + numbers * (numbers + 1) // 2, generator.image_size, device)
     with (
@@ -404,7 +407,7 @@ def correct_first_turns(
         for rows in torch.arange(len(pixels), device=device).split(BATCH_SIZE):
             pictures, chosen = pixels[rows.to(pixels.device)], kind[rows]
             real = from_uint8(pictures.to(device))
-            canvas = from_uint8(_empty_scenes(generator, pictures[:, 1], rng).to(device))
+            canvas = from_uint8(canvases[rows.to(canvases.device)].to(device))
             light, condition = generator.read_light(canvas), correction.conditions[chosen]
             place = None if generator.place_model is None else places[rows]
             if codes is not None:

@@ -32,6 +32,8 @@ SOMETIMES_HIDDEN = 0.05, 0.98
 otherwise they would learn where the faint edges of shadows end."""
 ROUNDING_VARIANCE = (2 / 255) ** 2 / 12
 """Variance that rounding to 8 bits adds to every value."""
+TINT_RIDGE = 5
+"""Of so many pictures of an object half of what they have in common is taken for its tint, of many nearly all."""
 
 
 class LightEstimate(NamedTuple):
@@ -138,16 +140,17 @@ class Canvas(nn.Module):
         return torch.cat(empty)
 
     @torch.no_grad()
-    def fit(self, first_images: Tensor, iterations: int = 3, *, progress: bool = False) -> None:
+    def fit(self, first_images: Tensor, objects: Tensor, iterations: int = 3, *, progress: bool = False) -> None:
         """Learn the canvas from pictures with one object at the centre each: a data set's first turns.
 
         Alternates between principal components of the empty scenes and the empty scenes in the light of these
         components; what no scene shows, under every object, is interpolated from around it, and where objects and
-        shadows end the components are smooth (:meth:`smooth_hidden`). Then the distribution of the light and the grain
-        are learned from what was found.
+        shadows end the components are smooth (:meth:`smooth_hidden`). Then the grain and the distribution of the light
+        (:meth:`fit_flow`) are learned from what was found.
 
         Args:
             first_images: (S, 3, H, W) in [-1, 1], of 8 bits, more than ``num_components`` of them.
+            objects: (S,) ids of the objects in them.
             iterations: rounds of the alternation.
             progress: show a progress bar of the last part on stderr.
 
@@ -170,11 +173,44 @@ class Canvas(nn.Module):
         if self.flow is None:  # one fixed picture: what varies is light that this canvas does not know, not grain
             return
         self._fit_grain(estimates)
-        scores = torch.cat([found.scores for _, found in estimates])
+        self.fit_flow(first_images, objects, progress=progress)
+
+    @torch.no_grad()
+    def fit_flow(self, first_images: Tensor, objects: Tensor, *, progress: bool = False) -> None:
+        """Learn how the light is distributed; the last part of :meth:`fit`. Needs components.
+
+        Args:
+            first_images: (S, 3, H, W) in [-1, 1], a data set's first turns.
+            objects: (S,) ids of the objects in them.
+            progress: show a progress bar on stderr.
+        """
+        assert self.flow is not None
+        scores = self.scene_light(first_images, objects)
         centre, spread = scores.mean(0), scores.std(0, correction=0).clamp(min=1e-6)
         self.mean += torch.einsum("k,kchw->chw", centre, self.components)
         self.components *= spread[:, None, None, None]
         self.flow.fit((scores - centre) / spread, progress=progress)
+
+    @torch.no_grad()
+    def scene_light(self, first_images: Tensor, objects: Tensor) -> Tensor:
+        """How much of each component the light of scenes has, without the tints of the objects in them.
+
+        An object throws light of its colour on the floor around it, which :meth:`estimate_light` cannot tell from
+        other light. What the pictures of an object have in common, and all pictures have not, is its tint.
+
+        Args:
+            first_images: (S, 3, H, W) in [-1, 1], with one object each.
+            objects: (S,) ids of these.
+
+        Returns:
+            (S, K).
+
+        Source: means of groups, shrunk as in ridge regression, Hoerl and Kennard 1970.
+        """
+        scores = torch.cat([found.scores for _, found in self._estimates(first_images)])
+        kinds = F.one_hot(objects.to(scores.device)).to(scores)
+        tints = kinds.T @ (scores - scores.mean(0)) / (kinds.sum(0) + TINT_RIDGE)[:, None]
+        return scores - kinds @ tints
 
     @torch.no_grad()
     def smooth_hidden(self, first_images: Tensor) -> list[tuple[Tensor, LightEstimate]]:

@@ -271,7 +271,7 @@ class TrainingScenes:
         device = generator.canvas.mean.device
         first = pictures.from_uint8(data.pixels[:, 0].to(device))
         if fit_canvas:
-            generator.canvas.fit(first, progress=progress)
+            generator.canvas.fit(first, data.objects[:, 0], progress=progress)
         if generator.config.light_components:
             empty, _ = pictures.round_levels(generator.canvas.remove_objects(first))
             uniform = torch.rand(2, len(empty), 1, *empty.shape[2:], generator=torch.Generator().manual_seed(0))

@@ -38,7 +38,10 @@ def main() -> None:
         parser.error(f"--place-epochs must be 0 or more, got {args.place_epochs}")
     generator = IterativeGenerator.from_pretrained(args.model)
     data = SceneDataset(args.data, "train")
-    generator.canvas.smooth_hidden(from_uint8(data.pixels[:, 0]))
+    if generator.canvas.flow is not None:
+        first = from_uint8(data.pixels[:, 0])
+        generator.canvas.smooth_hidden(first)
+        generator.canvas.fit_flow(first, data.objects[:, 0])
     scenes = TrainingScenes(data, generator, fit_canvas=False)
     if scenes.places is not None and args.place_epochs:
         dropout = PRESETS["compact"].history_dropout

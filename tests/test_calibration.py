@@ -213,6 +213,26 @@ def test_what_is_left_of_shadows_in_the_empty_scenes_of_real_turns_is_drawn() ->
     assert wrong.mean().abs() < 0.2
 
 
+def test_the_tints_that_objects_give_the_floor_are_drawn_with_them() -> None:
+    """Red cubes lighten the floor to the right, blue ones to the left, as some scenes are lit whatever is in them."""
+    generator, _ = only_corrections(("red cube", "blue cube"), mapping=False)
+    objects = torch.arange(2).repeat(150)
+    rng = torch.Generator().manual_seed(0)
+    light = 0.5 * torch.randn(300, 3, generator=rng)
+    light[:, 0] += torch.tensor([0.6, -0.6])[objects]
+    before = generator.canvas.in_light(light, torch.zeros(300, 3, 64, 64))
+    after = before.clone()
+    after[:, 0, 26:36, 26:36] += 0.4
+    pixels = to_uint8(torch.stack((before, after), 1))
+    correct_first_turns(generator, None, pixels, objects, noise=0.0, progress=False)
+    for name, tint in (("red cube", 0.6), ("blue cube", -0.6)):
+        images = draw_turns(generator, [[name]] * 100, range(100)).images
+        changed = (images[:, 1] - images[:, 0]).mean(0)[2]  # blue, which the object has nothing of
+        wanted = tint * generator.canvas.components[0, 2]
+        torch.testing.assert_close(changed, wanted, rtol=0, atol=0.012)
+        assert wanted.abs().max() > 0.05
+
+
 def test_what_the_noise_around_codes_changes_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of real turns that are all alike, whose codes are one: drawn ones must not differ by the noise around it."""
     generator = lively_generator(

@@ -33,6 +33,8 @@ class Scenes(NamedTuple):
     """(S, 3, H, W): the same with one object, rounded to 8 bits."""
     occupied: Tensor
     """(S, 1, H, W) bool: where the object is."""
+    objects: Tensor
+    """(S,) which of 8 colours it has."""
 
 
 def draw_scenes(count: int, seed: int, centred: bool = True) -> Scenes:
@@ -54,13 +56,13 @@ def draw_scenes(count: int, seed: int, centred: bool = True) -> Scenes:
     empty = clean + torch.einsum("cd,ndhw->nchw", GRAIN_MIX, noise)
     images = empty.clone()
     occupied = torch.zeros(count, 1, SIZE, SIZE, dtype=torch.bool)
-    for image, box in zip(images, occupied, strict=True):
+    colours = torch.randint(0, 2, (count, 3), generator=torch.Generator().manual_seed(seed + 100))
+    for image, box, bright in zip(images, occupied, colours, strict=True):
         half_height, half_width = torch.randint(2, 5, (2,), generator=rng).tolist()
         row, column = (16, 16) if centred else torch.randint(5, SIZE - 5, (2,), generator=rng).tolist()
         box[:, row - half_height : row + half_height, column - half_width : column + half_width] = True
-        colour = (torch.randint(0, 2, (3, 1, 1), generator=rng) * 1.6 - 0.8).float()
-        image[:] = torch.where(box, colour, image)
-    return Scenes(components, clean, empty, rounded(images), occupied)
+        image[:] = torch.where(box, bright[:, None, None] * 1.6 - 0.8, image)
+    return Scenes(components, clean, empty, rounded(images), occupied, colours @ torch.tensor([4, 2, 1]))
 
 
 def rounded(images: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ def scenes() -> Scenes:
 @pytest.fixture(scope="module")
 def canvas(scenes: Scenes) -> Canvas:
     canvas = Canvas(SIZE, NUM_COMPONENTS)
-    canvas.fit(scenes.images)
+    canvas.fit(scenes.images, scenes.objects)
     return canvas
 
 
@@ -222,6 +224,36 @@ def test_lights_of_drawn_scenes_depend_on_each_other_as_those_of_real_ones(scene
     assert torch.corrcoef(torch.stack((light[:, 0].square(), light[:, 2])))[0, 1] > 0.8
 
 
+def test_what_objects_throw_on_the_floor_is_not_drawn_as_light() -> None:
+    """Bright red boxes redden the floor around them and the others do the opposite."""
+    scenes = draw_scenes(400, seed=1)
+    axis = torch.arange(SIZE) - 16
+    near = (-(axis.square()[:, None] + axis.square()) / 72).exp()
+    tint = 0.06 * torch.stack((near, -near, 0 * near))
+    reddens = torch.where(scenes.objects >= 4, 1.0, -1.0)
+    tinted = rounded(scenes.images + (reddens[:, None, None, None] * tint).where(~scenes.occupied, 0))
+    canvas = Canvas(SIZE, NUM_COMPONENTS + 1)
+    canvas.fit(tinted, scenes.objects)
+    seen = ~ever_near_object(scenes)
+    basis = torch.cat((scenes.components, tint[None]))[:, seen]
+
+    def reddening(pictures: Tensor) -> Tensor:
+        return (pictures - pictures.mean(0))[:, seen] @ torch.linalg.pinv(basis)[:, -1]
+
+    found = canvas.estimate_light(tinted)
+    assert torch.corrcoef(torch.stack((reddening(found.lit), reddens)))[0, 1] > 0.95, "it is in the pictures"
+    rng = torch.Generator().manual_seed(0)
+    drawn = canvas(torch.randn(500, NUM_COMPONENTS + 1, generator=rng), torch.zeros(500, 3, SIZE, SIZE))
+    assert reddening(drawn).std() < 0.25 * reddening(found.lit).std()
+    light = canvas.scene_light(tinted, scenes.objects)
+    assert torch.equal(light, canvas.scene_light(tinted, scenes.objects + 3))
+    off = reddening(canvas.in_light(light, torch.zeros_like(tinted)))
+    assert (off * reddens).mean() < 0.12 * (reddening(found.lit) * reddens).mean(), "50 pictures of each are not many"
+    true = scenes.clean - scenes.clean.mean(0)
+    rest = canvas.in_light(light, torch.zeros_like(tinted)) - scenes.clean
+    assert (rest - rest.mean(0))[:, seen].square().mean() < 0.05 * true[:, seen].square().mean(), "other light stays"
+
+
 def test_a_canvas_is_fitted_the_same_way_each_time_and_leaves_the_random_state_alone(scenes: Scenes) -> None:
     images = scenes.images[:60]
     fitted = []
@@ -229,7 +261,7 @@ def test_a_canvas_is_fitted_the_same_way_each_time_and_leaves_the_random_state_a
         torch.manual_seed(seed)
         before = torch.random.get_rng_state()
         canvas = Canvas(SIZE, 2)
-        canvas.fit(images, iterations=2)
+        canvas.fit(images, scenes.objects[:60], iterations=2)
         removed = canvas.remove_objects(images)
         assert torch.equal(torch.random.get_rng_state(), before)
         fitted.append({**canvas.state_dict(), "removed": removed})
@@ -303,7 +335,7 @@ def test_specks_of_grain_are_no_objects(canvas: Canvas) -> None:
 
 def test_without_components_the_canvas_is_one_fixed_picture(scenes: Scenes) -> None:
     canvas = Canvas(SIZE, 0)
-    canvas.fit(scenes.images)
+    canvas.fit(scenes.images, scenes.objects)
     first, second = canvas(torch.zeros(2, 0), torch.randn(2, 3, SIZE, SIZE))
     assert torch.equal(first, second)
     assert torch.equal(first, canvas.mean)
@@ -316,15 +348,15 @@ def test_without_components_the_canvas_is_one_fixed_picture(scenes: Scenes) -> N
 
 def test_too_few_pictures_are_refused(scenes: Scenes) -> None:
     with pytest.raises(ValueError, match="first_images must hold more than 3 pictures, got 3"):
-        Canvas(SIZE, 3).fit(scenes.images[:3])
+        Canvas(SIZE, 3).fit(scenes.images[:3], scenes.objects[:3])
     with pytest.raises(ValueError, match="first_images must hold more than 0 pictures, got 0"):
-        Canvas(SIZE, 0).fit(scenes.images[:0])
+        Canvas(SIZE, 0).fit(scenes.images[:0], scenes.objects[:0])
 
 
 @pytest.mark.parametrize("count", [3, 4, 12])
 def test_few_pictures_are_enough_for_a_finite_canvas(scenes: Scenes, count: int) -> None:
     canvas = Canvas(SIZE, 2)
-    canvas.fit(scenes.images[:count])  # no pixel is seen often enough for a grain of its own
+    canvas.fit(scenes.images[:count], scenes.objects[:count])  # no pixel is seen often enough for a grain of its own
     assert all(buffer.isfinite().all() for buffer in canvas.buffers())
     assert (canvas.grain_mix == canvas.grain_mix[:, :, :1, :1]).all()
     assert canvas.remove_objects(scenes.images[:count]).isfinite().all()
