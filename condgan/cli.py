@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import io
 import json
 import os
 import re
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: 2 for wrong usage, 0 after ``--help`` and ``--version``.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where a terminal has ASCII only
     args = _parser().parse_args(argv)
     rank, name = 0, args.parser.prog
     try:
@@ -73,9 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return EXIT_FAILED
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"{name}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"{name}: error: {_explain(error)}", file=sys.stderr)
         return EXIT_FAILED
     return 0
+
+
+def _explain(error: Exception) -> str:
+    """One line; of the system's own errors without their number."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {os.fsdecode(error.filename)!r}" if isinstance(error.filename, (str, bytes)) else ""
+        advice = ": make room and run the same again" if error.errno == errno.ENOSPC else ""
+        return f"{error.strerror}{where}{advice}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # --- the commands -------------------------------------------------------------------------------------------------
@@ -88,6 +101,8 @@ def _generate(args: argparse.Namespace) -> Report:
         return _generate_set(args)
     if not args.objects:
         args.parser.error("the following arguments are required: OBJECT (or --from)")
+    if args.shard_size is not None:
+        args.parser.error("argument --shard-size: needs --from, whose tar files it is about")
     generator = IterativeGenerator.from_pretrained(args.model)
     return _save(generator.generate(args.objects, **_drawing_options(args)), args)
 
@@ -116,7 +131,7 @@ def _generate_set(args: argparse.Namespace) -> Report:
         seed=args.seed or 0,
         best_of=args.best_of,
         redraw=args.redraw,
-        shard_size=args.shard_size,
+        **({} if args.shard_size is None else {"shard_size": args.shard_size}),
         rank=rank,
         count=count,
         progress=rank == 0 and sys.stderr.isatty(),
@@ -191,7 +206,7 @@ def _info(args: argparse.Namespace) -> Report:
     from condgan.counter import ObjectCounter
     from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 
-    name = str(args.model or IterativeGenerator.default_pretrained)
+    name = str(IterativeGenerator.default_pretrained if args.model is None else args.model)
     folder = hub.find_checkpoint(name)
     kinds = (IterativeGenerator, DiffDiscriminator, NoiseEncoder, SceneClassifier, ObjectCounter)
     classes = {cls.__name__: cls for cls in kinds}
@@ -201,7 +216,9 @@ def _info(args: argparse.Namespace) -> Report:
     config = dataclasses.asdict(model.config)
     objects = config.pop("objects", ())  # a counter and a noise encoder know no names
     card_file = folder / hub.CARD_NAME
-    card = card_file.read_text(encoding="utf-8", errors="replace") if card_file.is_file() else ""
+    card = ""
+    with contextlib.suppress(OSError):  # there is none, or it may not be read
+        card = card_file.read_text(encoding="utf-8", errors="replace")
     data = {
         "model": name,
         "model_type": type(model).__name__,
@@ -381,7 +398,13 @@ def _evaluate(args: argparse.Namespace) -> Report:
             texts.append(str(report))
         if args.realism:
             realism = realism_report(
-                generator, args.data, first_seed=args.seed, progress=progress, model_name=model_name
+                generator,
+                args.data,
+                first_seed=args.seed,
+                best_of=args.best_of,
+                redraw=args.redraw,
+                progress=progress,
+                model_name=model_name,
             )
             if args.sheet:
                 save_image(realism.sheet(), args.sheet, {"realism": realism.to_dict()})
@@ -489,7 +512,7 @@ def _parser() -> argparse.ArgumentParser:
         help="draw a large set: one scene a line, into tar files in the folder --out",
     )
     generate.add_argument(
-        "--shard-size", type=_count, default=1000, metavar="N", help="with --from: pictures a tar file (default: 1000)"
+        "--shard-size", type=_count, metavar="N", help="with --from: pictures a tar file (default: 1000)"
     )
     _add_drawing_options(generate, "scene.png")
 

@@ -9,6 +9,8 @@ from condgan.hub import added_later
 from condgan.vocab import ICLEVR_OBJECTS
 
 IMAGE_SIZES = (32, 64, 128)
+LARGEST = 65_536
+"""Of all other numbers: far beyond what any machine holds."""
 
 
 @dataclass(frozen=True)
@@ -126,5 +128,7 @@ def _check_image_size(image_size: int) -> None:
 
 def _check_at_least(least: int, **values: int) -> None:
     for name, value in values.items():
+        if isinstance(value, int) and value > LARGEST:
+            raise ValueError(f"{name} must be at most {LARGEST:,}, got {value}")
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

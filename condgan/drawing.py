@@ -15,7 +15,7 @@ from condgan.canvas import Canvas
 from condgan.derived import steady_weights
 from condgan.functional import ConditionEncoder, encode_objects, evaluating, roll_conditions
 from condgan.images import round_levels, round_turn
-from condgan.requests import MAX_SEED, AskedModel, Place, parse_request, parse_seed, parse_whole
+from condgan.requests import MAX_PICTURES, MAX_SEED, AskedModel, Place, parse_request, parse_seed, parse_whole
 from condgan.results import Drawing, Turn, exact_probability, target_objects
 
 CPU_BATCH, GPU_BATCH = 1, 256
@@ -255,7 +255,7 @@ def draw(
     start: Tensor | None = None,
 ) -> Drawing:
     """What ``IterativeGenerator.generate`` and ``add`` do; see there."""
-    num_images = parse_whole("num_images", num_images, 1)
+    num_images = parse_whole("num_images", num_images, 1, MAX_PICTURES)
     best_of = parse_best_of(best_of, redraw)
     first = parse_seed(seed)
     scenes, places = parse_request(generator, conditions, at)
@@ -284,11 +284,11 @@ def parse_best_of(best_of: object, redraw: object) -> int:
 
     Raises:
         TypeError: ``best_of`` is not a whole number.
-        ValueError: it is not positive, or ``redraw`` is none of :data:`Redraw`.
+        ValueError: it is not from 1 to a million, or ``redraw`` is none of :data:`Redraw`.
     """
     if redraw not in get_args(Redraw):
         raise ValueError(f"redraw must be 'picture' or 'turn', got {redraw!r}")
-    return parse_whole("best_of", best_of, 1)
+    return parse_whole("best_of", best_of, 1, MAX_PICTURES)
 
 
 def _one_each(start: Tensor | None, scenes: Sequence[object]) -> Tensor | None:

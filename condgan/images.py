@@ -236,6 +236,8 @@ def check_range(name: str, images: Tensor) -> None:
         raise TypeError(
             f"{name} must be a tensor in [-1, 1], which images.load_image makes, got {type(images).__name__}"
         )
+    if images.is_meta or images.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor with values, got {images.layout} on {images.device}")
     if not images.is_floating_point():
         raise ValueError(f"{name} must be floating point in [-1, 1], got {images.dtype}")
     if images.numel() and not images.abs().amax() <= 1 + ROUNDING:  # NaN fails too

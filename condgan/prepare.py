@@ -250,7 +250,7 @@ def prepare(
     fingerprint = _fingerprint(layout, image_size)
     outcome = _finished(path, fingerprint)
     if outcome is None:
-        _check_is_ours(path.with_suffix(".json"))
+        _check_is_ours(path)
         try:
             outcome = _pack(path, layout, image_size, fingerprint, progress)
         except OSError as error:
@@ -318,8 +318,11 @@ def _finished(path: Path, fingerprint: str) -> _Outcome | None:
     return _Outcome(index.sha256, frozenset(index.source["unreadable"]), already_prepared=True, resumed_scenes=0)
 
 
-def _check_is_ours(index: Path) -> None:
-    """Raise a DatasetError if other JSON is where the index goes, such as the labels of the folder."""
+def _check_is_ours(path: Path) -> None:
+    """Raise a DatasetError if other files are where ours go, such as the labels of the folder, or somebody's array."""
+    index = path.with_suffix(".json")
+    if path.exists() and not index.exists():
+        raise DatasetError(f"{path} is in the way: it has no index, so it is no packed file; give another `out`")
     try:
         content = json.loads(index.read_bytes())
     except (OSError, ValueError):  # it is not there, or damaged

@@ -13,6 +13,9 @@ from condgan.vocab import Vocabulary
 Place = tuple[float, float]
 """Where an object is, in pixels (x, y)."""
 MAX_SEED = 2**63 - 1
+MAX_PICTURES = 1_000_000
+"""Most pictures of one scene that a call draws, and most candidates of one picture."""
+TOO_MANY = "objects are asked, but the model was trained on scenes of at most"
 
 
 class AskedModel(Protocol):
@@ -56,22 +59,24 @@ def parse_scenes(conditions: object, vocabulary: Vocabulary) -> list[list[str]]:
     return [[vocabulary.names[vocabulary.parse(name)] for name in scene] for scene in scenes]
 
 
-def parse_places(at: object, scenes: list[list[str]], batched: bool, image_size: int) -> list[list[Place | None]]:
-    """``at=`` as one list of places for each scene, checked.
+def parse_places(
+    at: object, scenes: list[list[str]], batched: bool, image_size: int, name: str = "at"
+) -> list[list[Place | None]]:
+    """``at=`` as one list of places for each scene, checked; ``name`` is what errors call it.
 
     Raises:
         ValueError: a place is not two finite numbers inside the picture, or there is not one entry an object.
     """
-    example = "one entry an object, each None or (x, y), such as at=[None, (45, 30)]"
+    example = f"one entry an object, each None or (x, y), such as {name}=[None, (45, 30)]"
     per_scene = at if batched else [at]
     if not isinstance(per_scene, (list, tuple)) or len(per_scene) != len(scenes):
-        raise ValueError(f"at needs one list a scene and {example}; got {at!r} for {len(scenes)} scenes")
+        raise ValueError(f"{name} needs one list a scene and {example}; got {at!r} for {len(scenes)} scenes")
     result: list[list[Place | None]] = []
     for scene, entries in zip(scenes, per_scene, strict=True):
         if entries is None:
             entries = [None] * len(scene)
         if not isinstance(entries, (list, tuple)) or len(entries) != len(scene):
-            raise ValueError(f"at needs {example}; got {entries!r} for the objects {scene}")
+            raise ValueError(f"{name} needs {example}; got {entries!r} for the objects {scene}")
         row: list[Place | None] = []
         for entry in entries:
             if entry is None:
@@ -79,11 +84,11 @@ def parse_places(at: object, scenes: list[list[str]], batched: bool, image_size:
                 continue
             try:
                 x, y = (_number(value) for value in entry)
-            except (TypeError, ValueError):
-                raise ValueError(f"at needs {example}; got the entry {entry!r}") from None
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"{name} needs {example}; got the entry {reprlib.repr(entry)}") from None
             if not (0 <= x <= image_size - 1 and 0 <= y <= image_size - 1):  # False for NaN too
                 raise ValueError(
-                    f"at: the place {entry!r} is not inside the picture, x and y go from 0 to {image_size - 1}"
+                    f"{name}: the place {entry!r} is not inside the picture, x and y go from 0 to {image_size - 1}"
                 )
             row.append((x, y))
         result.append(row)
@@ -96,12 +101,12 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def parse_whole(name: str, value: Any, low: int) -> int:
+def parse_whole(name: str, value: Any, low: int, high: int = MAX_SEED) -> int:
     """A whole number from a user, of Python or NumPy; ``name`` is what errors call it.
 
     Raises:
         TypeError: ``value`` is not a whole number.
-        ValueError: it is below ``low`` or beyond 2**63 - 1.
+        ValueError: it is below ``low`` or above ``high``.
     """
     try:
         whole = operator.index(value)
@@ -109,8 +114,9 @@ def parse_whole(name: str, value: Any, low: int) -> int:
         whole = None
     if whole is None or isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if not low <= whole <= MAX_SEED:
-        raise ValueError(f"{name} must be between {low} and 2**63 - 1, got {whole}")
+    if not low <= whole <= high:
+        most = "2**63 - 1" if high == MAX_SEED else f"{high:,}"
+        raise ValueError(f"{name} must be between {low} and {most}, got {reprlib.repr(whole)}")
     return whole
 
 
@@ -133,8 +139,8 @@ class Request(NamedTuple):
     places: list[list[Place | None]] | None
 
 
-def parse_request(generator: AskedModel, conditions: object, at: object) -> Request:
-    """Scenes and places; warns of scenes longer than those of training.
+def parse_request(generator: AskedModel, conditions: object, at: object, name: str = "at") -> Request:
+    """Scenes and places; warns of scenes longer than those of training. ``name`` is what errors call ``at``.
 
     Raises:
         TypeError, ValueError: see :func:`parse_scenes` and :func:`parse_places`; or the model does not know places.
@@ -142,13 +148,12 @@ def parse_request(generator: AskedModel, conditions: object, at: object) -> Requ
     scenes = parse_scenes(conditions, generator.vocabulary)
     batched = isinstance(conditions, (list, tuple)) and isinstance(conditions[0], (list, tuple))
     if at is not None and generator.place_model is None:
-        raise ValueError("at was given, but this model does not know places; the default model does")
-    places = None if at is None else parse_places(at, scenes, batched, generator.image_size)
+        raise ValueError(f"{name} was given, but this model does not know places; the default model does")
+    places = None if at is None else parse_places(at, scenes, batched, generator.image_size, name)
     longest = max(len(scene) for scene in scenes)
     if longest > generator.num_turns:
         warnings.warn(
-            f"{longest} objects are asked, but the model was trained on scenes of at most {generator.num_turns}: "
-            "the later ones may come out worse",
+            f"{longest} {TOO_MANY} {generator.num_turns}: the later ones may come out worse",
             UserWarning,
             stacklevel=4,
         )

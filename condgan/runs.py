@@ -76,6 +76,7 @@ def train(
         ValueError: ``out`` holds another run, the data does not fit the configuration, or a step has fewer scenes than
             there are processes.
         TrainingDiverged: several steps in a row were not finite; the last checkpoint is good.
+        OSError: ``out`` cannot be written; the last checkpoint is good.
         RankLost: another process of the run has gone; the last checkpoint is good.
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written. After the last step,
             with that checkpoint written, both end the process at once.
@@ -243,6 +244,11 @@ def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:
             f"data: pictures are {dataset.pixels.shape[-1]} pixels wide, the configuration asks for {size}; "
             f"run `condgan prepare DATA_DIR --image-size {size}`"
         )
+    if len(dataset) <= config.generator.light_components and config.init_generator is None:
+        raise ValueError(
+            f"data: the train split has {len(dataset)} scenes, from which generator.light_components="
+            f"{config.generator.light_components} ways of lighting cannot be learned: prepare more, or lower it"
+        )
     if dataset.vocabulary.names != objects:
         raise ValueError(f"data: its objects are {dataset.vocabulary.names}, the configuration names {objects}")
 
@@ -260,7 +266,11 @@ def _save_models(trainer: Trainer, generator: IterativeGenerator, out: Path) -> 
 
 
 def _save_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Write everything that the next step depends on; whole or not at all."""
+    """Write everything that the next step depends on; whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     tensors = {
         f"{name}.{key}": value for name, net in trainer.networks().items() for key, value in net.state_dict().items()
     }
@@ -270,8 +280,16 @@ def _save_checkpoint(trainer: Trainer, path: Path) -> None:
     counters = {name: getattr(trainer, name) for name in COUNTERS}
     metadata = {"config": json.dumps(dataclasses.asdict(trainer.config)), "counters": json.dumps(counters)}
     partial = path.with_name(path.name + ".partial")
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
-    os.replace(partial, path)
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(
+            f"out: cannot write {str(path)!r} ({error}): make room and run the same again, which goes on from the "
+            "checkpoint before, if there is one"
+        ) from error
 
 
 class StoredRun(NamedTuple):

@@ -9,6 +9,8 @@ import itertools
 import json
 import shutil
 import tarfile
+import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from tqdm import tqdm
 from condgan.drawing import Redraw, parse_best_of
 from condgan.files import replacing
 from condgan.models import IterativeGenerator
-from condgan.requests import MAX_SEED, Place, parse_request, parse_whole
+from condgan.requests import MAX_SEED, TOO_MANY, Place, parse_request, parse_whole
 from condgan.results import Drawing
 
 DESCRIPTION = "set.json"
@@ -28,6 +30,10 @@ KEYS = ("conditions", "seed", "places", "num_images")
 """What a line of the list may say of its scene."""
 CHUNK = 64
 """Pictures that are drawn before they are written."""
+MAX_SET = 10**9
+"""Pictures of a set: their names have nine digits."""
+ABANDONED = 3600
+"""Seconds without a change after which an unfinished tar file is nobody's."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ def draw_set(
 
     Args:
         generator: the model, on the device it shall draw on.
-        source: the list, a JSON Lines file in UTF-8; read twice, first to check every line.
+        source: the list, a JSON Lines file in UTF-8, no pipe; read twice, first to check every line.
         out: the folder; made if it is not there.
         num_images: pictures of a line that does not say.
         seed: of the first picture.
@@ -103,11 +109,11 @@ def draw_set(
     Raises:
         OSError: the list cannot be read, or the folder cannot be written.
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range; a line is wrong, which the message names; the list is empty; or ``out``
-            holds another set.
+        ValueError: an argument is out of range; a line is wrong, which the message names; the list is empty, or asks
+            for more than a milliard pictures; or ``out`` holds another set.
     """
     source, out = Path(source), Path(out)
-    num_images = parse_whole("num_images", num_images, 1)
+    num_images = parse_whole("num_images", num_images, 1, MAX_SET)
     seed, shard_size = parse_whole("seed", seed, 0), parse_whole("shard_size", shard_size, 1)
     best_of, count = parse_best_of(best_of, redraw), parse_whole("count", count, 1)
     rank = parse_whole("rank", rank, 0)
@@ -120,10 +126,14 @@ def draw_set(
     _claim(out, {"pictures": total, "list": _digest_of_file(source), "model": _digest_of_model(generator), **settings})
     shards = -(-total // shard_size)
     ours = {shard: min(shard_size, total - shard * shard_size) for shard in range(rank, shards, count)}
-    left = {shard for shard in ours if not _tar(out, shard).exists()}
+    left = {shard for shard in ours if not _is_whole(_tar(out, shard))}
     drawn = sum(ours[shard] for shard in left)
     skipped = sum(ours.values()) - drawn
-    with tqdm(total=drawn + skipped, initial=skipped, unit="img", desc=str(out), disable=not progress) as bar:
+    with (
+        warnings.catch_warnings(),
+        tqdm(total=drawn + skipped, initial=skipped, unit="img", desc=str(out), disable=not progress) as bar,
+    ):
+        warnings.filterwarnings("ignore", f".*{TOO_MANY}")  # said when the list was checked
         pictures = _asked(generator, source, num_images, seed)
         for shard, asked in itertools.groupby(pictures, lambda picture: picture.number // shard_size):
             if shard in left:
@@ -138,6 +148,10 @@ def draw_set(
 def _asked(generator: IterativeGenerator, source: Path, num_images: int, seed: int) -> Iterator[Asked]:
     """The pictures of a list, one after the other; only one line is in memory."""
     index = 0
+    if source.exists() and not source.is_file():
+        raise ValueError(
+            f"source (--from): {str(source)!r} is no file, which is read twice: write the list to one first"
+        )
     try:
         file = source.open("rb")
     except OSError as error:
@@ -150,7 +164,13 @@ def _asked(generator: IterativeGenerator, source: Path, num_images: int, seed: i
                 scene, places, own_seed, count = _parse_line(generator, line)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"line {line_number} of {str(source)!r}: {error}") from None
-            for n in range(num_images if count is None else count):
+            wanted = num_images if count is None else count
+            if index + wanted > MAX_SET:
+                raise ValueError(
+                    f"line {line_number} of {str(source)!r}: with its pictures the set has {index + wanted:,}, "
+                    f"more than {MAX_SET:,}: draw it in several"
+                )
+            for n in range(wanted):
                 picture_seed = seed + index if own_seed is None else own_seed + n
                 yield Asked(index, line_number, scene, places, picture_seed % (MAX_SEED + 1))
                 index += 1
@@ -165,8 +185,8 @@ def _parse_line(
         TypeError, ValueError: it is not what :func:`draw_set` describes.
     """
     try:
-        value: Any = json.loads(line)
-    except ValueError as error:
+        value: Any = json.loads(line, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'it is not JSON ({error}): write one scene a line, such as ["red cube"]') from None
     if isinstance(value, list):
         value = {"conditions": value}
@@ -176,7 +196,7 @@ def _parse_line(
         )
     if unknown := [key for key in value if key not in KEYS]:
         raise ValueError(f"unknown key {unknown[0]!r}: the keys are {', '.join(KEYS)}")
-    scenes, places = parse_request(generator, value["conditions"], value.get("places"))
+    scenes, places = parse_request(generator, value["conditions"], value.get("places"), "places")
     if len(scenes) > 1 or isinstance(value["conditions"][0], list):
         raise ValueError("a line is one scene: give every scene a line of its own")
     own_seed, count = value.get("seed"), value.get("num_images")
@@ -184,8 +204,17 @@ def _parse_line(
         scenes[0],
         None if places is None else places[0],
         None if own_seed is None else parse_whole("seed", own_seed, 0),
-        None if count is None else parse_whole("num_images", count, 1),
+        None if count is None else parse_whole("num_images", count, 1, MAX_SET),
     )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one that names a key twice is none."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    return value
 
 
 def _drawn(
@@ -219,13 +248,37 @@ def _tar(out: Path, shard: int) -> Path:
     return out / f"{shard:05d}.tar"
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a tar file is there and ends as one does; what a full disk or a broken copy left of it does not."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(-min(size, 2 * tarfile.BLOCKSIZE), io.SEEK_END)
+            return size >= tarfile.RECORDSIZE and size % tarfile.RECORDSIZE == 0 and not any(file.read())
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def _new_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """A tar file that gets its name when the block ends well; what a killed process left of it is removed."""
+    """A tar file that gets its name when the block ends well; what a killed process left of it is removed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     for left in path.parent.glob(f".{path.name}-*"):
-        shutil.rmtree(left)
-    with replacing(path) as partial, tarfile.open(partial, "w") as tar:
-        yield tar
+        with contextlib.suppress(FileNotFoundError):  # another process is at it, or has just ended
+            times = [file.stat().st_mtime for file in (left, *left.iterdir())]
+            if time.time() - max(times) > ABANDONED:
+                shutil.rmtree(left)
+    try:
+        with replacing(path) as partial, tarfile.open(partial, "w") as tar:
+            yield tar
+    except OSError as error:
+        raise OSError(
+            f"out: cannot write {str(path)!r} ({error.strerror or error}): make room and run the same again, which "
+            "goes on after the tar files that are there"
+        ) from error
 
 
 def _claim(out: Path, description: dict[str, object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -172,6 +173,7 @@ def test_version(run: Run) -> None:
         ("generate 'red cube' --grid --turns", "not allowed with argument"),
         ("generate 'red cube' --from list.jsonl --out set", "--from: the list says what to draw"),
         ("generate --from list.jsonl --out set --at none", "--at: not allowed with argument --from"),
+        ("generate 'red cube' --shard-size 5", "--shard-size: needs --from, whose tar files it is about"),
         ("generate --from list.jsonl --out set --verify", "--verify: not allowed with argument --from"),
         ("generate --from list.jsonl", "--from: needs --out, the folder of the set"),
         ("generate 'red cube' --see 7", "unrecognized arguments: --see 7"),  # no abbreviations: they break scripts
@@ -236,6 +238,7 @@ def test_wrong_usage(line: str, message: str, run: Run, tmp_path: Path) -> None:
         ("add {data}/train.json 'red cube'", "is not a readable picture"),
         ("add {data}/images/CLEVR_train_000000_0.png cube", "unknown object 'cube'"),
         ("info iclevr", "unknown checkpoint 'iclevr': did you mean 'iclevr-64'?"),
+        ("info ''", "''"),
         ("info {models}/corrupt", "is cut short or damaged"),
         ("info {data}", "has no config.json"),
         ("prepare missing", "there is no folder missing"),
@@ -532,6 +535,51 @@ def test_info_shows_a_card_in_any_encoding(run: Run, models: Path, tmp_path: Pat
     shutil.copytree(models / "iclevr-64", tmp_path / "model")
     (tmp_path / "model" / hub.CARD_NAME).write_bytes("Würfel".encode("latin-1"))
     assert run("info", tmp_path / "model", "--json").json["card"] == "W\ufffdrfel"
+
+
+def test_info_does_without_a_card_that_may_not_be_read(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models / "iclevr-64", tmp_path / "model")
+    read_text = Path.read_text
+
+    def forbidden(path: Path, *args: Any, **options: Any) -> str:
+        if path.name == hub.CARD_NAME:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    assert run("info", tmp_path / "model", "--json").json["card"] == ""
+
+
+def test_a_terminal_of_ascii_gets_what_it_can_show(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "iclevr-64", tmp_path / "model")
+    (tmp_path / "model" / hub.CARD_NAME).write_text("Würfel", encoding="utf-8")
+    command = [sys.executable, "-m", "condgan", "info", "model"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.endswith("W\\xfcrfel\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make room and run the same again"),
+        (PermissionError(errno.EACCES, "Permission denied", "run/log.jsonl"), "Permission denied: 'run/log.jsonl'"),
+        (OSError("out: cannot\nbe"), "out: cannot be"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_errors_of_the_system_are_told_without_their_number(
+    error: Exception, text: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(hub, "list_pretrained", fail)
+    outcome = run("list")
+    assert (outcome.status, outcome.err) == (1, f"condgan list: error: {text}\n")
 
 
 def test_info_describes_the_default_model(run: Run, models: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from condgan.images import (
     GRAIN,
     LEVEL,
+    check_range,
     estimate_rest,
     from_uint8,
     grid,
@@ -386,6 +387,12 @@ def test_rounding_errors_are_clipped() -> None:
 def test_wrong_input_is_named(image: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^image.*{message}"):
         load_image(image, 64)
+
+
+@pytest.mark.parametrize("image", [torch.zeros(1, 3, 8, 8, device="meta"), torch.zeros(1, 3, 8, 8).to_sparse()])
+def test_tensors_without_values_are_no_pictures(image: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^images must be a dense tensor with values, got torch"):
+        check_range("images", image)
 
 
 # Grids

@@ -1129,6 +1129,7 @@ def test_the_place_model_names_bad_input(bad: str) -> None:
         ({"image_size": 64.0}, "image_size must be one of .* got 64.0"),
         ({"width": 0}, "width must be a whole number of at least 1, got 0"),
         ({"width": 2.5}, "width must be a whole number of at least 1, got 2.5"),
+        ({"width": 10**20}, "width must be at most 65,536, got 1000"),
         ({"width": True}, "width must be a whole number of at least 1, got True"),
         ({"condition_dim": -1}, "condition_dim must be a whole number of at least 1, got -1"),
         ({"z_dim": -1}, "z_dim must be a whole number of at least 0, got -1"),

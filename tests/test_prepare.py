@@ -308,6 +308,16 @@ def test_labels_are_not_taken_for_an_index(data_dir: Path) -> None:
     assert (data_dir / "train.json").read_bytes() == before
 
 
+def test_an_array_of_somebody_elses_is_not_overwritten(data_dir: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.npy"
+    np.save(mine, np.arange(3))
+    before = mine.read_bytes()
+    with pytest.raises(DatasetError, match=r"mine\.npy is in the way: it has no index.*give another `out`"):
+        prepare(data_dir, image_size=8, out=mine, progress=False)
+    assert mine.read_bytes() == before
+    assert [path.name for path in tmp_path.glob("mine*")] == ["mine.npy"]
+
+
 @pytest.mark.parametrize("image_size", [0, -64])
 def test_bad_image_size_is_named(data_dir: Path, image_size: int) -> None:
     with pytest.raises(ValueError, match=f"image_size must be between 1 and .*, got {image_size}"):

@@ -96,15 +96,23 @@ def test_whole_numbers_have_to_be_that(compact: IterativeGenerator, name: str) -
     for value in (1.0, "1", True, [1], torch.tensor(1.5)):
         with pytest.raises(TypeError, match=f"{name} must be a whole number, got "):
             compact.generate("red cube", **{name: value})
-    for value in (-1, 2**63):
-        with pytest.raises(ValueError, match=rf"{name} must be between [01] and 2\*\*63 - 1, got {value}"):
+    most = r"2\*\*63 - 1" if name == "seed" else "1,000,000"  # more pictures than any memory holds
+    for value in (-1, 2**63) if name == "seed" else (-1, 1_000_001, 10**14):
+        with pytest.raises(ValueError, match=rf"{name} must be between [01] and {most}, got {value}"):
             compact.generate("red cube", **{name: value})
+    with pytest.raises(ValueError, match=rf"{name} must be between [01] and {most}, got 10+\.\.\.0+$"):
+        compact.generate("red cube", **{name: 10**400})
     if name != "seed":
         with pytest.raises(ValueError, match=f"{name} must be between 1"):
             compact.generate("red cube", **{name: 0})
 
 
 # Places
+
+
+def test_a_place_beyond_all_floats_is_refused(compact: IterativeGenerator) -> None:
+    with pytest.raises(ValueError, match=r"at needs one entry an object, .*; got the entry \(10+\.\.\.0+, 3\)"):
+        compact.generate("red cube", at=[(10**400, 3)])
 
 
 def test_places_may_be_of_numpy_or_torch(compact: IterativeGenerator) -> None:

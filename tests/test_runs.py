@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny import RUN
 
@@ -239,6 +239,32 @@ def test_the_name_of_a_preset_is_no_configuration(data: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
+def test_a_full_disk_is_told_and_the_checkpoint_before_stays(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(data, tmp_path, dataclasses.replace(RUN, images=9), device="cpu", progress=False)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"as far as it went")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(runs, "save_file", full)
+    with pytest.raises(
+        OSError, match=r"out: cannot write '.*safetensors' \(.*No space left.*\): make room and run the"
+    ):
+        train(data, tmp_path, dataclasses.replace(RUN, images=18), device="cpu", progress=False)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_too_few_scenes_for_the_light_are_told_before_anything_is_made(data: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(RUN, generator=dataclasses.replace(RUN.generator, light_components=24))
+    with pytest.raises(ValueError, match=r"data: the train split has \d\d scenes, .*light_components=24 ways"):
+        train(data, tmp_path / "run", config, device="cpu", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_checkpoint_or_a_file_for_a_folder_says_what_to_do(data: Path, tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"is damaged .* delete it to start the run again"):
@@ -299,7 +325,8 @@ def test_a_run_can_start_from_trained_networks(data: Path, tmp_path: Path) -> No
     weights = dict(second.named_parameters())
     for name, weight in first.named_parameters():
         fitted_once_more = name.startswith(("mapping.", "place_model."))  # at the end of every run
-        assert fitted_once_more != torch.equal(weight, weights[name]), name
+        if name != "place_model.conv5.bias":  # the same for all cells, of which only differences count
+            assert fitted_once_more != torch.equal(weight, weights[name]), name
     trained = {key: value for key, value in tensors(tmp_path / "second").items() if "generator.correction." in key}
     assert first.correction is not None and first.correction.offsets.any(), "what the first run measured at its end"
     assert not any(value.any() for key, value in trained.items() if key.endswith((".offsets", ".responses"))), (

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import shutil
 import tarfile
+import time
 import tracemalloc
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,10 +110,14 @@ def test_what_is_done_is_not_drawn_again(
         patch.setattr(shards, "_write", stop_in_the_second)
         draw_set(compact, source, out, seed=5, shard_size=3, progress=False)
     assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "set.json"]
-    (out / ".00001.tar-x7z").mkdir()
-    (out / ".00001.tar-x7z/00001.tar").write_bytes(b"what kill -9 leaves")
+    for name in (".00001.tar-x7z", ".00002.tar-x7z"):
+        (out / name).mkdir()
+        (out / name / "tar").write_bytes(b"what kill -9 leaves")
+    for left in (out / ".00001.tar-x7z/tar", out / ".00001.tar-x7z"):
+        os.utime(left, (time.time() - 3700,) * 2)
     report = draw_set(compact, source, out, seed=5, shard_size=3, progress=False)
     assert (report.drawn, report.skipped) == (4, 3)
+    shutil.rmtree(out / ".00002.tar-x7z")  # another process may still be at it
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
     for path in whole.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes()
@@ -128,7 +137,19 @@ def test_what_is_done_is_not_drawn_again(
         ('{"conditions": ["red cube"], "seed": -1}', "line 2 of .*seed must be between 0"),
         ('{"conditions": ["red cube"], "seed": "7"}', "line 2 of .*seed must be a whole number, got '7'"),
         ('{"conditions": ["red cube"], "num_images": 0}', "line 2 of .*num_images must be between 1"),
-        ('{"conditions": ["red cube"], "places": [[99, 2]]}', "line 2 of .*is not inside the picture"),
+        (
+            '{"conditions": ["red cube"], "places": [[99, 2]]}',
+            r"line 2 of .*: places: the place \[99, 2\] is not inside",
+        ),
+        ('{"conditions": ["red cube"], "places": [[1e999, 2]]}', "line 2 of .*: places: the place .inf, 2. is not ins"),
+        ('{"conditions": ["red cube"], "num_images": 1e9}', "line 2 of .*num_images must be a whole number"),
+        ('{"conditions": ["red cube"], "num_images": 1000000001}', "line 2 of .*between 1 and 1,000,000,000"),
+        ('{"conditions": ["red cube"], "num_images": 1000000000}', "line 2 of .*the set has 1,000,000,001, more than"),
+        (
+            '{"seed": 1, "conditions": ["red cube"], "seed": 2}',
+            "line 2 of .*not JSON .the key 'seed' stands in it twice",
+        ),
+        ("[" * 100_000, "line 2 of .*it is not JSON"),
         ('[["red cube"], ["blue cube"]]', "line 2 of .*a line is one scene"),
         ('[["red cube"]]', "line 2 of .*a line is one scene"),
     ],
@@ -179,6 +200,50 @@ def test_wrong_arguments_leave_no_folder_behind(
 def test_a_list_that_is_not_there_is_named(compact: IterativeGenerator, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"source \(--from\): cannot read '.*none' \(No such file or directory\)"):
         draw_set(compact, tmp_path / "none", tmp_path / "out", progress=False)
+
+
+def test_a_pipe_is_no_list(compact: IterativeGenerator, tmp_path: Path) -> None:
+    """It could be read once only: nothing was drawn and the report said all was there."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"source .--from.: .*pipe' is no file, which is read twice: write the list"):
+        draw_set(compact, tmp_path / "pipe", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("left", [0, 512, 10240, -512])
+def test_a_cut_tar_file_is_drawn_again(left: int, compact: IterativeGenerator, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    content = (whole / "00001.tar").read_bytes()
+    (out / "00001.tar").write_bytes(content[:left])
+    report = draw_set(compact, write_list(tmp_path), out, seed=5, shard_size=3, progress=False)
+    assert (report.drawn, report.skipped) == (3, 4)
+    assert (out / "00001.tar").read_bytes() == content
+
+
+def test_a_full_disk_is_told_and_what_is_drawn_stays(
+    compact: IterativeGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, write = write_list(tmp_path), tmp_path / "out", shards._write
+
+    def full(tar: tarfile.TarFile, drawing: Drawing, asked: list[Any]) -> None:
+        if asked[0].number >= 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tar, drawing, asked)
+
+    monkeypatch.setattr(shards, "_write", full)
+    with pytest.raises(OSError, match=r"out: cannot write .*00001.tar' .No space left on device.: make room and run"):
+        draw_set(compact, source, out, seed=5, shard_size=3, progress=False)
+    assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "set.json"]
+
+
+def test_long_scenes_are_warned_of_once(compact: IterativeGenerator, tmp_path: Path) -> None:
+    source = tmp_path / "long.jsonl"
+    source.write_text(json.dumps(["red cube"] * (compact.num_turns + 1)) + "\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        draw_set(compact, source, tmp_path / "out", progress=False)
+    assert ["objects are asked" in str(warning.message) for warning in caught] == [True]
 
 
 def test_scores_of_best_of_are_kept(compact: IterativeGenerator, tmp_path: Path) -> None:
