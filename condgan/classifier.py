@@ -105,8 +105,8 @@ class SceneClassifier(PretrainedModel):
         return self.fc(self.feature_map(images)).flatten(1, 2).logsumexp(1)
 
     @torch.no_grad()
-    def probabilities(self, images: Tensor, batch_size: int = 256) -> Tensor:
-        """Probability of every object, (N, K) float32 in [0, 1], on the device of the classifier, in eval mode.
+    def logits(self, images: Tensor, batch_size: int = 256) -> Tensor:
+        """What :meth:`forward` says, (N, K) float32, on the device of the classifier, in eval mode, without gradient.
 
         Args:
             images: (N, 3, H, W), floating point in [-1, 1], on any device.
@@ -120,7 +120,11 @@ class SceneClassifier(PretrainedModel):
         weight = self.fc.weight
         with evaluating(self):
             chunks = [self(chunk.to(weight.device, weight.dtype)) for chunk in images.split(batch_size)]
-        return torch.cat(chunks).float().sigmoid()
+        return torch.cat(chunks).float()
+
+    def probabilities(self, images: Tensor, batch_size: int = 256) -> Tensor:
+        """Probability of every object, (N, K) float32 in [0, 1]; arguments and errors are those of :meth:`logits`."""
+        return self.logits(images, batch_size).sigmoid()
 
     @classmethod
     def from_course_checkpoint(cls, path: str | Path) -> SceneClassifier:

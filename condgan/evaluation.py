@@ -22,7 +22,6 @@ from condgan.counter import ObjectCounter
 from condgan.datasets import read_conditions
 from condgan.drawing import Redraw, SceneModel, parse_best_of
 from condgan.features import copy_distances, fit_scale, picture_features
-from condgan.functional import evaluating
 from condgan.images import from_uint8
 from condgan.layout import compare_layouts
 from condgan.measures import (
@@ -192,16 +191,9 @@ class _Observer:
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(self.judge.config.objects)
 
-    @torch.no_grad()
     def logits(self, pictures: Tensor) -> Tensor:
         """The judge's, of uint8 pictures (N, 3, H, W): (N, K) float32 on the CPU."""
-        weight = next(self.judge.parameters())
-        with evaluating(self.judge):
-            outputs = [
-                self.judge(from_uint8(chunk).to(weight.device, weight.dtype))
-                for chunk in pictures.split(self.batch_size)
-            ]
-        return torch.cat(outputs).float().cpu()
+        return torch.cat([self.judge.logits(from_uint8(chunk)).cpu() for chunk in pictures.split(self.batch_size)])
 
     def counts(self, pictures: Tensor) -> Tensor:
         """Objects in uint8 pictures (N, 3, H, W): (N,) int64 on the CPU."""

@@ -469,9 +469,11 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def _existing(folder: Path, filename: str) -> Path:
-    """The path of a file of a checkpoint, which has to be there."""
+    """The path of a file of a checkpoint, which has to be there, and readable."""
     path = folder / filename
     if path.is_file():
+        if not os.access(path, os.R_OK):
+            raise CheckpointError(f"{path} is there, but you may not read it: change its permissions.")
         return path
     pickled = sorted(other.name for other in folder.iterdir() if other.suffix in _PICKLED)
     hint = (

@@ -324,8 +324,11 @@ def _read_checkpoint(path: Path, config: TrainConfig) -> StoredRun:
     """Read a checkpoint of a run.
 
     Raises:
+        PermissionError: the file may not be read.
         ValueError: the file is damaged, of no run, or of a run with another ``config``; the message names what differs.
     """
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"out: {str(path)!r} is there, but you may not read it: change its permissions")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()

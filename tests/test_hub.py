@@ -331,6 +331,14 @@ def test_weights_that_are_damaged_are_refused(folder: Path, keep: int) -> None:
     refused(folder, str(path), "cut short or damaged", "delete this file")
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode == os.R_OK and Path(path).name == name))
+    refused(folder, str(folder / name), "you may not read it: change its permissions")
+
+
 # Names
 
 

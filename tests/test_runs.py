@@ -265,6 +265,15 @@ def test_too_few_scenes_for_the_light_are_told_before_anything_is_made(data: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / CHECKPOINT).touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match=rf"out: .*{CHECKPOINT}' is there, but you may not read it: change its"):
+        train(data, tmp_path, RUN, device="cpu", progress=False)
+
+
 def test_a_damaged_checkpoint_or_a_file_for_a_folder_says_what_to_do(data: Path, tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"is damaged .* delete it to start the run again"):
