@@ -357,10 +357,9 @@ def correct_first_turns(
 
     Draws the first turns of real scenes once more, in their own light but without the tint that the object gives the
     floor, at their own places and with their own codes, so that a cube is turned as the real one is and what is left is
-    error. Around the codes there is noise, as around
-    those that the mapping makes: in some directions found codes hardly differ, and there noise is all that there is.
-    Pictures are compared, and not what turns change: the empty scenes before real turns were made of pictures with the
-    object, and the faintest of its shadow is left in them.
+    error. Around the codes there is noise, as around those that the mapping makes: in some directions found codes
+    hardly differ, and there noise is all that there is. Pictures are compared, and not what turns change: the empty
+    scenes before real turns were made of pictures with the object, and the faintest of its shadow is left in them.
     The error is explained by the object and, for models that know them, by the light, the place and the code: linearly,
     and by products of two of these numbers. They are many and there are few pictures of each object, so objects of one
     shape share their answers: two pictures for each number and each product (:data:`condgan.correction.ANSWERS`), mixed

@@ -110,7 +110,7 @@ def draw_set(
         OSError: the list cannot be read, or the folder cannot be written.
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range; a line is wrong, which the message names; the list is empty, or asks
-            for more than a milliard pictures; or ``out`` holds another set.
+            for more than 1,000,000,000 pictures; or ``out`` holds another set.
     """
     source, out = Path(source), Path(out)
     num_images = parse_whole("num_images", num_images, 1, MAX_SET)
