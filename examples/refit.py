@@ -1,10 +1,11 @@
-"""Fit to a finished generator anew what depends on its weights: where objects stand, and the correction of first turns.
+"""Fit to a finished generator anew: the light of empty scenes, where objects stand, and the correction of first turns.
 
     condgan prepare iclevr
     python examples/refit.py --data iclevr --out refitted
 
-Neither the networks that draw nor the codes change. For weights from before the place model knew the light, and before
-corrections bent with it: those that ship were made so, with the noise encoder that they were trained with.
+Neither the networks that draw nor the codes change. For weights from before canvases were without the tints of objects,
+before the place model knew the light, and before corrections bent with it: those that ship were made so, with the noise
+encoder that they were trained with.
 """
 
 from __future__ import annotations

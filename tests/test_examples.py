@@ -76,18 +76,20 @@ def test_the_mean_of_two_generators_is_corrected_anew(
         run(monkeypatch, "average.py", *paths)
 
 
-def test_refit_changes_where_objects_stand_and_the_correction_and_nothing_else(
+def test_refit_changes_light_where_objects_stand_and_the_correction_and_nothing_else(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = lively_generator(COMPACT)
     before.save_pretrained(tmp_path / "before", dtype=torch.float16)
     weights = IterativeGenerator.from_pretrained(tmp_path / "before").state_dict()
     arguments = ("--data", data, "--model", tmp_path / "before", "--out", tmp_path / "after")
-    for epochs, expected in ((0, {"correction"}), (20, {"correction", "place_model"})):
+    for epochs, expected in ((0, {"canvas", "correction"}), (20, {"canvas", "correction", "place_model"})):
         run(monkeypatch, "refit.py", *arguments, "--place-epochs", epochs)
         after = IterativeGenerator.from_pretrained(tmp_path / "after").state_dict()
         changed = {name for name, value in after.items() if not torch.equal(value, weights[name])}
         assert {name.split(".")[0] for name in changed} == expected
+        assert {"canvas.components", "canvas.flow.high"} <= changed
+        assert "canvas.grain_mix" not in changed
     with pytest.raises(SystemExit):
         run(monkeypatch, "refit.py", *arguments, "--place-epochs", -1)
     assert "--place-epochs must be 0 or more, got -1" in capsys.readouterr().err
