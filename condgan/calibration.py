@@ -156,9 +156,8 @@ def fit_places(
 
     First turns start from empty scenes that the generator draws, each in the light of the real one, not from the real
     ones: what is left of an object where it was taken out of a real picture would give its place away, and so would
-    its tint (:meth:`condgan.canvas.Canvas.scene_light`). AdamW in batches
-    of 128, from the weights that the place model has. Equal arguments give equal weights; the global random state is
-    left alone.
+    its tint (:meth:`condgan.canvas.Canvas.scene_light`). AdamW in batches of 128, from the weights that the place model
+    has. Equal arguments give equal weights; the global random state is left alone.
 
     Args:
         generator: its place model is changed in place.

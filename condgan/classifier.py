@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from condgan.functional import evaluating
 from condgan.hub import CheckpointError, PretrainedModel, added_later
-from condgan.images import check_range, resize
+from condgan.images import check_colours, check_range, resize
 from condgan.vocab import ICLEVR_OBJECTS
 
 
@@ -97,8 +97,7 @@ class SceneClassifier(PretrainedModel):
         return self.feature_map(images).mean((1, 2))
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
+        check_colours(images)
         images = resize(images, self.config.image_size)
         if self.config.pooling == "average":
             return self.fc(self.features(images))

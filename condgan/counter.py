@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from condgan.functional import evaluating
 from condgan.hub import PretrainedModel, added_later
-from condgan.images import check_range, resize
+from condgan.images import check_colours, check_range, resize
 
 STRIDE = 2
 """Side of a cell of the heat map in pixels."""
@@ -94,7 +94,7 @@ class ObjectCounter(PretrainedModel):
         nn.init.constant_(cast(Tensor, heat.bias), -2.19)  # a heat of 0.1 everywhere, as in the paper
 
     def forward(self, images: Tensor) -> Tensor:
-        _check_shape(images)
+        check_colours(images)
         x = self.stem(images)
         levels = []
         for stage, lateral in zip(self.stages, self.laterals, strict=True):
@@ -123,7 +123,7 @@ class ObjectCounter(PretrainedModel):
             ValueError: it is not of this shape and kind, not finite or not in [-1, 1].
         """
         check_range("images", images)
-        _check_shape(images)
+        check_colours(images)
         weight, size = next(self.parameters()), self.config.image_size
         with evaluating(self):
             chunks = [self(resize(chunk.to(weight.device, weight.dtype), size)) for chunk in images.split(batch_size)]
@@ -138,11 +138,6 @@ class ObjectCounter(PretrainedModel):
         """
         numbers = [len(places) for places in self.places(images, batch_size)]
         return torch.tensor(numbers, dtype=torch.int64, device=next(self.parameters()).device)
-
-
-def _check_shape(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
 
 
 def find_centres(logits: Tensor, threshold: float) -> list[Tensor]:

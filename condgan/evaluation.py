@@ -318,8 +318,7 @@ def _measure_looks(for_validation: Scenes, for_test: Scenes, real: RealScenes) -
         for name, x in pictures.items()
     }
     of_drawn, of_real, of_blank = (
-        looks(features[name], features["test"], frechet_interval=name == "drawn")
-        for name in ("drawn", "validation", "blank")
+        looks(features[name], features["test"], intervals=name == "drawn") for name in ("drawn", "validation", "blank")
     )
     drawn, test, validation = (
         copy_distances(x.final[:count], real.training[:, -1]) for x in (for_test, real.test, real.validation)

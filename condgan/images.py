@@ -247,6 +247,12 @@ def check_range(name: str, images: Tensor) -> None:
         )
 
 
+def check_colours(images: Tensor) -> None:
+    """Raise a ValueError unless ``images`` is a batch of colour pictures, (N, 3, H, W)."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
+
+
 def grid(images: Sequence[Image.Image], columns: int, margin: int = 2) -> Image.Image:
     """Pictures of one size side by side, row by row, on white, ``margin`` pixels apart.
 

@@ -25,7 +25,6 @@ CHUNK = 256
 """Scenes that are turned to floating point at once."""
 NEIGHBOURS = 5
 """A neighbourhood of features reaches to this nearest picture of the same kind."""
-NEIGHBOUR_SCORES = metrics.NeighbourScores._fields
 
 
 class Score(NamedTuple):
@@ -37,6 +36,12 @@ class Score(NamedTuple):
 
 
 NOTHING = Score(None, None, 0)
+
+
+def _middle_95(resampled: Tensor) -> Interval:
+    """Percentile interval of float64 values (B,)."""
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def ratio(values: Tensor, weights: Tensor, groups: int, samples: int | None = None) -> Score:
@@ -68,8 +73,7 @@ def quantile(values: Tensor, share: float, resamples: int = 2000) -> Score:
     rng = torch.Generator().manual_seed(0)
     rows = torch.randint(len(values), (resamples, len(values)), generator=rng)
     found = torch.cat([values[part].flatten(1).nanquantile(share, 1) for part in rows.split(100)])
-    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Score(whole, (low, high), samples)
+    return Score(whole, _middle_95(found), samples)
 
 
 def quotient(first: Score, second: Score) -> Score:
@@ -273,18 +277,18 @@ def _aims(sizes: Tensor, of_sets: dict[int, Tensor], resamples: int = 2000) -> t
         aims[sizes == size] = sets[:, 0].sum() / sets[:, 1].sum()
         totals, pairs = sets[torch.randint(len(sets), (resamples, len(sets)), generator=rng)].sum(1).unbind(1)
         means += totals / pairs * (sizes == size).double().mean()
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    unsure = (low, high) if all(len(of_sets[size]) > 1 for size in sizes.tolist()) else None
+    unsure = _middle_95(means) if all(len(of_sets[size]) > 1 for size in sizes.tolist()) else None
     return aims, Score(float(aims.mean()), unsure, len(aims))
 
 
-def looks(drawn: Tensor, real: Tensor, *, frechet_interval: bool = True) -> dict[str, Score]:
+def looks(drawn: Tensor, real: Tensor, *, intervals: bool = True) -> dict[str, Score]:
     """Distances of drawn pictures to real ones in features, and neighbourhoods of both.
 
     Args:
         drawn: (S, T, D) features of the pictures after each turn of S scenes, on the scale of real pictures.
         real: likewise, of as many scenes.
-        frechet_interval: whether the Fréchet distance gets its interval, which takes 20 times as long as the distance.
+        intervals: whether there are intervals by jackknife, which take 20 times as long as the scores; that of the
+            kernel distance costs nothing.
 
     Returns:
         ``frechet_distance`` and ``kernel_distance`` of all pictures; ``precision``, ``recall``, ``density`` and
@@ -300,18 +304,19 @@ def looks(drawn: Tensor, real: Tensor, *, frechet_interval: bool = True) -> dict
 
     num_scenes, turns, _ = drawn.shape
     pictures = num_scenes * turns
-    interval = jackknife(distance, (drawn, real))[0] if frechet_interval and num_scenes > 2 else None
-    scores = {"frechet_distance": Score(distance((drawn, real))[0], interval, pictures)}
+    samples = drawn, real
+    interval = jackknife(distance, samples)[0] if intervals and num_scenes > 2 else None
+    scores = {"frechet_distance": Score(distance(samples)[0], interval, pictures)}
     if num_scenes < 3:
         return scores
     kernel = metrics.kernel_distance(drawn.flatten(0, 1), real.flatten(0, 1), group_size=turns)
     near, far = max(kernel.with_noise - 1.96 * kernel.standard_error, 0.0), 1.96 * kernel.standard_error
     scores["kernel_distance"] = Score(kernel.with_noise, (near, kernel.with_noise + far), pictures)
-    samples = drawn, real
-    for name, value, (low, high) in zip(
-        NEIGHBOUR_SCORES, neighbours(samples), jackknife(neighbours, samples), strict=True
-    ):
-        scores[name] = Score(value, (low, high if name == "density" else min(high, 1.0)), num_scenes)
+    for name, value in zip(metrics.NeighbourScores._fields, neighbours(samples), strict=True):
+        scores[name] = Score(value, None, num_scenes)
+    if intervals:
+        for name, (low, high) in zip(metrics.NeighbourScores._fields, jackknife(neighbours, samples), strict=True):
+            scores[name] = scores[name]._replace(ci95=(low, high if name == "density" else min(high, 1.0)))
     return scores
 
 
