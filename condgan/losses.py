@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,6 +190,33 @@ def r2_penalty(fake_logits: Tensor, fake: Tensor) -> Tensor:
     return gradient_penalty(fake_logits, fake)
 
 
+class _ReversedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return -grad_outputs[0]
+
+
+def reverse_gradient(x: Tensor) -> Tensor:
+    """``x``, through which gradients pass with their sign turned: what comes before it maximises the loss.
+
+    With it one backward pass gives the gradients of both networks where :attr:`Objective.zero_sum`: the discriminator
+    sees ``reverse_gradient(fake)`` and its loss is minimised by its own weights and maximised by the generator's.
+
+    Shape:
+        x: any, floating point.
+        output: likewise.
+
+    Source: Ganin and Lempitsky 2015, arXiv:1409.7495, section 3; for generative adversarial networks Shen et al. 2021,
+    arXiv:2103.00430.
+    """
+    reversed_: Tensor = _ReversedGradient.apply(x)
+    return reversed_
+
+
 @dataclass(frozen=True)
 class Objective:
     """What discriminator and generator minimise: an adversarial loss, the auxiliary loss and the penalties.
@@ -203,8 +231,6 @@ class Objective:
     """Called with ``real_logits`` and ``fake_logits``."""
     generator_loss: Callable[..., Tensor]
     """Called with ``real_logits`` and ``fake_logits``."""
-    generator_needs_real: bool
-    """Whether ``generator_loss`` reads ``real_logits``; where not, they may be None in :meth:`generator`."""
     aux_weight_discriminator: float
     """Weight of the auxiliary loss in the discriminator's loss."""
     aux_weight_generator: float
@@ -213,8 +239,17 @@ class Objective:
     """Weight of the gradient penalty on real pictures."""
     r2_weight: float
     """Weight of the gradient penalty on generated pictures."""
-    aux_on_fake: bool = False
-    """Whether the discriminator's auxiliary loss also counts generated pictures, as GeNeVA's and AC-GAN's do."""
+
+    @property
+    def zero_sum(self) -> bool:
+        """Whether, for the generated pictures, the generator's loss is minus the discriminator's.
+
+        Then one backward pass through the discriminator serves both (:func:`reverse_gradient`). Nothing but the
+        Wasserstein losses may count generated pictures.
+        """
+        wasserstein = (wasserstein_discriminator_loss, wasserstein_generator_loss)
+        others = self.aux_weight_generator or self.r2_weight
+        return (self.discriminator_loss, self.generator_loss) == wasserstein and not others
 
     def discriminator(
         self,
@@ -222,27 +257,22 @@ class Objective:
         real_logits: Tensor,
         fake_logits: Tensor,
         real_object_logits: Tensor,
-        fake_object_logits: Tensor | None = None,
         objects: Tensor,
     ) -> Tensor:
         """The discriminator's loss without its penalties, which :meth:`penalty` gives and which may come less often.
 
         Shape:
             real_logits, fake_logits: (N,), the fake ones of detached pictures.
-            real_object_logits, fake_object_logits: (N, K); the fake ones are read with ``aux_on_fake`` only.
+            real_object_logits: (N, K).
             objects: (N, K) multi-hot, what this turn added.
             output: (N,).
 
         Raises:
-            ValueError: shapes differ, or ``aux_on_fake`` is set and ``fake_object_logits`` is None.
+            ValueError: shapes differ.
         """
         loss = self.discriminator_loss(real_logits=real_logits, fake_logits=fake_logits)
         if self.aux_weight_discriminator:
             loss = loss + self.aux_weight_discriminator * auxiliary_loss(real_object_logits, objects)
-            if self.aux_on_fake:
-                if fake_object_logits is None:
-                    raise ValueError("aux_on_fake is set: pass fake_object_logits as well")
-                loss = loss + self.aux_weight_discriminator * auxiliary_loss(fake_object_logits, objects)
         return loss
 
     def penalty(
@@ -289,7 +319,7 @@ class Objective:
         """The generator's loss.
 
         Shape:
-            real_logits: (N,), of the pictures paired with the fakes; read where ``generator_needs_real``.
+            real_logits: (N,), of the pictures paired with the fakes; read by relativistic losses.
             fake_logits: (N,).
             fake_object_logits: (N, K); read where ``aux_weight_generator`` is not zero.
             objects: (N, K) multi-hot, what this turn was to add.
@@ -313,7 +343,6 @@ OBJECTIVES: dict[str, Objective] = {
             name="reference",
             discriminator_loss=wasserstein_discriminator_loss,
             generator_loss=wasserstein_generator_loss,
-            generator_needs_real=False,
             aux_weight_discriminator=1.0,
             aux_weight_generator=0.0,
             r1_weight=1.0,
@@ -323,7 +352,6 @@ OBJECTIVES: dict[str, Objective] = {
             name="reference-code",
             discriminator_loss=hinge_discriminator_loss,
             generator_loss=hinge_generator_loss,
-            generator_needs_real=False,
             aux_weight_discriminator=5.0,
             aux_weight_generator=5.0,
             r1_weight=1.0,
@@ -333,7 +361,6 @@ OBJECTIVES: dict[str, Objective] = {
             name="relativistic",
             discriminator_loss=relativistic_discriminator_loss,
             generator_loss=relativistic_generator_loss,
-            generator_needs_real=True,
             aux_weight_discriminator=1.0,
             aux_weight_generator=1.0,
             r1_weight=0.001,

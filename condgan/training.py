@@ -36,7 +36,7 @@ from condgan.functional import (
     roll_conditions,
     rollout,
 )
-from condgan.losses import OBJECTIVES
+from condgan.losses import OBJECTIVES, reverse_gradient
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.precision import autocast
 from condgan.ranks import ALONE, Ranks, share_statistics
@@ -624,9 +624,12 @@ class Trainer:
         with self._autocast():
             drawn = self.generator.synthesis(code, conditions, batch.prev_images, batch.places).float()
         fake = _as_seen(drawn, batch.prev_images, self._uniform(batch))
+        judged = reverse_gradient(fake) if self.objective.zero_sum else fake
         real_input = batch.images.clone().requires_grad_(penalised)
         with self._autocast():
-            pair = self.discriminator.compare(batch.prev_images, [fake, real_input], conditions.detach(), batch.places)
+            pair = self.discriminator.compare(
+                batch.prev_images, [judged, real_input], conditions.detach(), batch.places
+            )
         (fake_logits, fake_object_logits), (real_logits, real_object_logits) = (
             (output.logits.float(), output.object_logits.float()) for output in pair
         )
@@ -636,7 +639,6 @@ class Trainer:
                 real_logits=real_logits,
                 fake_logits=fake_logits,
                 real_object_logits=real_object_logits,
-                fake_object_logits=fake_object_logits,
                 objects=objects,
             )
         )
@@ -659,17 +661,21 @@ class Trainer:
             )
             reported["penalty"] = penalty
             discriminator_loss = discriminator_loss + self.config.penalty_interval * penalty
+        chance = self._chance_losses(batch, conditions, found_code)
+        other_loss = CHANCE_WEIGHT * sum(chance.values())  # of the generator, whatever the discriminator says
         if found_code is not None:
             errors = self._reconstruction_errors(drawn, batch, found)
             reconstruction = errors.sum() / num_found
             reported["reconstruction"] = reconstruction
-            generator_loss = generator_loss + self.config.reconstruction_weight * reconstruction
+            other_loss = other_loss + self.config.reconstruction_weight * reconstruction
         if self.config.legibility_weight:
             reported["misread"] = batch.mean(self._misread(fake, batch))
-            generator_loss = generator_loss + self.config.legibility_weight * reported["misread"]
-        chance = self._chance_losses(batch, conditions, found_code)
-        generator_loss = generator_loss + CHANCE_WEIGHT * sum(chance.values())
-        minimised = {("discriminator",): discriminator_loss, ("generator", "encoder"): generator_loss}
+            other_loss = other_loss + self.config.legibility_weight * reported["misread"]
+        minimised: dict[tuple[str, ...], Tensor]
+        if self.objective.zero_sum:
+            minimised = {("discriminator", "generator", "encoder"): discriminator_loss + other_loss}
+        else:
+            minimised = {("discriminator",): discriminator_loss, ("generator", "encoder"): generator_loss + other_loss}
         return Losses(minimised, reported | chance)
 
     def _optimize(self, losses: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from condgan.canvas import Canvas
 from condgan.datasets import SceneDataset
 from condgan.functional import local_mean
 from condgan.images import GRAIN, LEVEL, from_uint8, to_uint8
+from condgan.losses import Objective
 from condgan.models import DiffDiscriminator, NoiseEncoder
 from condgan.training import (
     MAX_SKIPPED_IN_A_ROW,
@@ -69,6 +70,37 @@ def test_the_stages_train_what_they_say(data: Path) -> None:
     assert not any(torch.equal(p, before[name]) for name, p in trainer.discriminator.named_parameters() if p.ndim > 1)
     assert not any(torch.equal(p, generator[name]) for name, p in trainer.generator.named_parameters() if p.ndim > 1)
     assert all(p.requires_grad for p in trainer.discriminator.parameters())
+
+
+@pytest.mark.parametrize("penalty_interval", [1, 2])
+def test_one_backward_pass_of_a_zero_sum_game_is_as_good_as_two(
+    penalty_interval: int, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(RUN, objective="reference", bf16=False, penalty_interval=penalty_interval)
+    networks = []
+    for zero_sum in (True, False):
+        trainer = make_trainer(data, config)
+        trainer.images, trainer.step = config.reconstruction_images, 1
+        if not zero_sum:
+            monkeypatch.setattr(Objective, "zero_sum", False)
+        before = _backward_passes(trainer.discriminator.l6)
+        trainer.train_step()
+        networks.append((trainer, len(before)))
+    (one, passes), (two, more) = networks
+    assert passes < more
+    for ours, theirs in ((one.generator, two.generator), (one.discriminator, two.discriminator)):
+        for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            if q.grad is None:
+                assert p.grad is None, name
+            else:
+                torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _backward_passes(module: torch.nn.Module) -> list[None]:
+    """Grows by one with every backward pass through a module."""
+    passes: list[None] = []
+    module.register_full_backward_hook(lambda *_: passes.append(None))
+    return passes
 
 
 def test_reconstruction_gets_nearer_to_the_real_pictures(data: Path) -> None:
