@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,7 +112,7 @@ class FirstTurnCorrection(nn.Module):
         self.register_buffer("conditions", torch.zeros(num_objects, condition_dim))
         self.register_buffer("offsets", torch.zeros(num_objects, 3, image_size, image_size))
         self.num_inputs = numbers = light_inputs + 2 * places + code_inputs
-        # `answers` in checkpoints of before the code was known, which had fewer. Of rank 4, for channels_last.
+        # Of rank 4, for channels_last.
         responses = torch.zeros(num_answers, numbers + numbers * (numbers + 1) // 2, answer_size, answer_size)
         self.register_buffer("responses", responses if numbers else None)
         self.register_buffer("shares", torch.zeros(num_objects, 3, num_answers) if numbers else None)
@@ -201,51 +199,6 @@ class FirstTurnCorrection(nn.Module):
         """The usual codes of first turns (K, code_inputs), of standard deviation ``spread``; NaN where not known."""
         assert self.codes is not None and self.code_spread is not None
         _take_known(self.codes, self.code_spread, codes, spread, LEAST_CODE_SPREAD)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        fresh = {"places": 0.0, "spread": 1.0, "codes": 0.0, "code_spread": 1.0, "reach": self.everywhere}
-        for name, value in fresh.items():  # checkpoints of before the places, or the codes, were known
-            buffer = getattr(self, name)
-            if buffer is not None:
-                state_dict.setdefault(f"{prefix}{name}", torch.full_like(buffer, value))
-        if f"{prefix}slopes" in state_dict:
-            shared = self._share(state_dict.pop(f"{prefix}slopes"))
-            state_dict |= {f"{prefix}{name}": x for name, x in zip(("shares", "responses"), shared, strict=True)}
-        if f"{prefix}answers" in state_dict:
-            state_dict[f"{prefix}responses"] = self._without_code(state_dict.pop(f"{prefix}answers"))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _without_code(self, answers: Tensor) -> Tensor:
-        """Responses of a checkpoint of before codes were known: ``answers`` (C, F, h, w) to light and place only."""
-        assert self.responses is not None
-        numbers = self.num_inputs
-        before = numbers if self.codes is None else numbers - self.codes.shape[1]
-        _, columns = torch.triu_indices(numbers, numbers)  # of which the rows are not greater
-        known = torch.cat((torch.arange(numbers) < before, columns < before))
-        responses = torch.zeros_like(self.responses)
-        responses[:, known] = self._middle(answers).to(responses)
-        return responses
-
-    def _middle(self, pictures: Tensor) -> Tensor:
-        """What of pictures (..., h, w) lies in the square with answers."""
-        assert self.responses is not None
-        middle = middle_of(pictures.shape[-1], self.responses.shape[-1])
-        return pictures[..., middle, middle]
-
-    def _share(self, slopes: Tensor) -> tuple[Tensor, Tensor]:
-        """Shares and responses of a checkpoint of before objects shared them, by the first principal components.
-
-        Args:
-            slopes: (K, 3 numbers, h, w), the answers to the light of each object by itself.
-        """
-        assert self.responses is not None and self.shares is not None
-        shares, responses = torch.zeros_like(self.shares), torch.zeros_like(self.responses)
-        by_colour = self._middle(slopes).unflatten(1, (-1, 3)).transpose(1, 2).float()  # (K, 3, numbers, h, w)
-        left, values, right = torch.linalg.svd(by_colour.flatten(2).flatten(0, 1), full_matrices=False)
-        count, numbers = min(len(responses), len(values)), by_colour.shape[2]
-        shares[..., :count] = left[:, :count].unflatten(0, (-1, 3))
-        responses[:count, :numbers] = (values[:count, None] * right[:count]).view(-1, *by_colour.shape[2:])
-        return shares, responses
 
     def extra_repr(self) -> str:
         num_objects, condition_dim = self.conditions.shape

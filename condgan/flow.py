@@ -159,11 +159,6 @@ class ContinuousFlow(nn.Module):
     def _weights(self) -> dict[str, Tensor]:
         return {name: buffer for name, buffer in self.named_buffers() if name not in DISTRIBUTION}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(f"{prefix}centre", torch.zeros(self.dim))  # checkpoints of before there was a stretch
-        state_dict.setdefault(f"{prefix}spread", torch.ones(self.dim))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def _step(
         self, weights: dict[str, Tensor], x: Tensor, journeys: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer
     ) -> None:

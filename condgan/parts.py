@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -239,11 +239,6 @@ class PlaceModel(nn.Module):
         low, high = _edges(peak, scale)
         density = F.logsigmoid(steps) + F.logsigmoid(-steps) - (scale * (high - low)).log()
         return F.cross_entropy(logits.flatten(1), cell, reduction="none") - density.sum(1)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.light is not None:  # checkpoints of before the light was known
-            state_dict.setdefault(f"{prefix}light.weight", torch.zeros_like(self.light.weight))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod
     def _of_cell(x: Tensor, cell: Tensor) -> Tensor:

@@ -73,38 +73,6 @@ def test_the_place_beside_the_usual_one_counts_as_numbers_do() -> None:
     assert not drawn[:, :, :2].any()
 
 
-def test_a_checkpoint_of_before_answers_were_shared_draws_as_it_did_where_they_can_be() -> None:
-    correction = FirstTurnCorrection(3, 4, 8, light_inputs=2, places=True, answer_size=4, num_answers=2)
-    shares, answers = torch.randn(3, 3, 2), torch.randn(2, 2, 4, 4)
-    slopes = torch.einsum("kcr,rlhw->klchw", shares, answers)  # (K, L, 3, h, w)
-    old = {"conditions": torch.eye(3, 4), "offsets": torch.randn(3, 3, 8, 8), "slopes": slopes.flatten(1, 2)}
-    correction.load_state_dict(old)
-    light = torch.randn(3, 2)
-    expected = old["offsets"].clone()
-    expected[:, :, 2:6, 2:6] += torch.einsum("kl,klchw->kchw", light, slopes)
-    torch.testing.assert_close(correction(torch.eye(3, 4), light, torch.randn(3, 2)), expected)
-
-
-def test_a_checkpoint_of_before_codes_were_known_draws_as_it_did() -> None:
-    sizes = {"light_inputs": 2, "places": True, "num_answers": 2}
-    before = FirstTurnCorrection(2, 4, 8, answer_size=6, **sizes)
-    after = FirstTurnCorrection(2, 4, 8, code_inputs=3, answer_size=4, **sizes)
-    rng = torch.Generator().manual_seed(0)
-    before.conditions.copy_(torch.eye(2, 4))
-    answers = F.pad(torch.randn(2, 14, 4, 4, generator=rng), (1,) * 4)  # nothing at the edges, which are cut off
-    before.set_(torch.randn(2, 3, 8, 8, generator=rng), answers, torch.randn(2, 3, 2, generator=rng))
-    before.put_(torch.full((2, 2), 3.0), torch.full((2, 2), 0.2), reach=9.0)
-    state = before.state_dict()
-    state["answers"] = state.pop("responses")
-    after.load_state_dict(state)
-    light, place, code = torch.randn(2, 2, generator=rng), 3 + torch.rand(2, 2, generator=rng), torch.randn(2, 3)
-    expected = before(torch.eye(2, 4), light, place)
-    torch.testing.assert_close(after(torch.eye(2, 4), light, place, code), expected)
-    again = FirstTurnCorrection(2, 4, 8, code_inputs=3, answer_size=4, **sizes)
-    again.load_state_dict(after.state_dict())
-    torch.testing.assert_close(again(torch.eye(2, 4), light, place, code), expected)
-
-
 def test_conditions_unlike_those_of_first_turns_get_nothing() -> None:
     correction = filled()
     angle = torch.acos(torch.tensor(LEAST_LIKENESS))
@@ -132,8 +100,6 @@ def test_first_turns_are_corrected_at_their_usual_places_only() -> None:
     assert correction(conditions[3:], None, place[3:]) is None
     elsewhere = correction(torch.eye(3, 4)[1:2], None, torch.tensor([[7.0, 7.0]]))
     torch.testing.assert_close(elsewhere, correction.offsets[1:2])  # its usual place is not known
-    correction.load_state_dict({k: v for k, v in filled().state_dict().items() if k not in ("places", "reach")})
-    assert correction(conditions[3:], None, place[3:]) is not None, "as a checkpoint of before places were known"
 
 
 def test_no_gradient_reaches_the_condition_and_no_optimizer_the_offsets() -> None:

@@ -111,16 +111,6 @@ def test_what_arrives_is_stretched_as_it_says(fitted: ContinuousFlow) -> None:
     torch.testing.assert_close(draw(fitted)[inside], stretched[inside])
 
 
-def test_a_checkpoint_of_before_there_was_a_stretch_stretches_nothing(fitted: ContinuousFlow) -> None:
-    old = {name: tensor for name, tensor in fitted.state_dict().items() if name not in ("centre", "spread")}
-    flow = lively_flow(3)
-    flow.spread.fill_(2)
-    flow.load_state_dict(old)
-    assert torch.equal(flow.centre, torch.zeros(3))
-    assert torch.equal(flow.spread, torch.ones(3))
-    assert torch.equal(flow.weight1, fitted.weight1)
-
-
 def test_a_curve_is_learned_that_no_correlation_shows(fitted: ContinuousFlow) -> None:
     real, drawn = bend(4000, seed=2), draw(fitted)
     assert abs(correlation(real[:, 0], real[:, 1])) < 0.1

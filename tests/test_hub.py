@@ -20,9 +20,7 @@ from hub_server import HubServer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from condgan import IterativeGenerator
 from condgan import hub as hub_module
-from condgan.configs import GeneratorConfig
 from condgan.hub import CheckpointError, PretrainedModel, added_later, list_pretrained
 
 FILES = {"README.md", "config.json", "model.safetensors"}
@@ -311,17 +309,6 @@ def test_pickled_weights_are_never_opened(folder: Path, toy: Toy, filename: str,
 def test_tensors_that_do_not_fit_are_named(folder: Path, changes: dict[str, Tensor | None], words: list[str]) -> None:
     change_tensors(folder, changes)
     refused(folder, "model.safetensors", *words)
-
-
-def test_a_buffer_that_its_module_learned_to_do_without_may_be_missing(tmp_path: Path) -> None:
-    """Generators of before flows stretched what arrives have no ``centre`` and no ``spread``."""
-    torch.manual_seed(0)
-    saved = IterativeGenerator(GeneratorConfig(width=2, z_dim=2, condition_dim=4, output="blend", light_components=2))
-    folder = saved.save_pretrained(tmp_path / "old")
-    change_tensors(folder, {"canvas.flow.centre": None, "canvas.flow.spread": None})
-    assert_same(IterativeGenerator.from_pretrained(folder), saved)
-    change_tensors(folder, {"canvas.flow.low": None})
-    refused(folder, "missing: canvas.flow.low.", model=IterativeGenerator)
 
 
 @pytest.mark.parametrize("keep", [0, 4, -1])

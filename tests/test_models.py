@@ -368,13 +368,6 @@ def test_place_logits_equal_the_plain_version() -> None:
     torch.testing.assert_close(model.distribution(image, condition)[0], dark)
 
 
-def test_a_place_model_of_before_the_light_was_known_draws_as_it_did() -> None:
-    old, new = randomise(PlaceModel(32, 5)), randomise(PlaceModel(32, 5, light_inputs=3))
-    new.load_state_dict(old.state_dict())
-    image, condition, uniform, light = torch.zeros(2, 3, 32, 32), torch.randn(2, 5), torch.rand(2, 3), torch.randn(2, 3)
-    assert torch.equal(new(image, condition, uniform, light), old(image, condition, uniform))
-
-
 def test_the_light_that_was_read_before_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     config = GeneratorConfig(width=4, z_dim=7, condition_dim=5, output="blend", light_components=4, light_inputs=3)
     generator = randomise(IterativeGenerator(config)).eval()
