@@ -15,7 +15,7 @@ from torchvision.transforms.functional import to_tensor
 from benchmarks.measure import Row, copying, interleaved, median, ratio
 from benchmarks.training import random_scenes
 from condgan import GeneratorConfig, IterativeGenerator
-from condgan.training import TrainingScenes
+from condgan.batches import TrainingScenes
 
 SCENES = 32
 

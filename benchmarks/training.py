@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from benchmarks.measure import DTYPES, Row, interleaved, matrix_product, median, operations, ratio
 from benchmarks.plain import PlainTraining
 from condgan import DiffDiscriminator, IterativeGenerator
+from condgan.batches import TrainingScenes
 from condgan.images import from_uint8
+from condgan.presets import PRESETS
 from condgan.ranks import ALONE, Ranks
-from condgan.training import PRESETS, Trainer, TrainingScenes
+from condgan.training import Trainer
 
 SCENES = PRESETS["reference"].batch_scenes
 """Scenes a step; each has three turns, every one a picture to learn from."""

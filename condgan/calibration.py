@@ -27,6 +27,8 @@ RIDGE = 0.05
 """Share of the scenes of an object that its answers are shortened by, to find what objects share."""
 NUMBER_RIDGE, PRODUCT_RIDGE = 0.01, 0.1
 """The same for the answers that objects share, to numbers and to products of two of them."""
+FOUND_NOISE_STD = 0.15
+"""Standard deviation of what is added to the code that the noise encoder finds: it must leave room around each."""
 BATCH_SIZE = 32
 MAPPING_EPOCHS = 32
 """How often :func:`fit_mapping` sees every turn."""
@@ -110,7 +112,12 @@ def _read_both_ways(generator: IterativeGenerator, objects: Tensor) -> tuple[Ten
 
 
 def fit_mapping(
-    generator: IterativeGenerator, turns: CodedTurns, *, noise: float, history_dropout: float, progress: bool = True
+    generator: IterativeGenerator,
+    turns: CodedTurns,
+    *,
+    noise: float = FOUND_NOISE_STD,
+    history_dropout: float,
+    progress: bool = True,
 ) -> None:
     """Teach the mapping the codes of a finished noise encoder, which moved while both were trained together.
 
@@ -349,7 +356,7 @@ def correct_first_turns(
     pixels: Tensor,
     objects: Tensor,
     *,
-    noise: float,
+    noise: float = FOUND_NOISE_STD,
     progress: bool = True,
 ) -> None:
     """Measure what first turns have wrong on average, object by object, and have the generator take it off.

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, get_args, get_origin,
 from condgan import __version__
 
 if TYPE_CHECKING:
+    from condgan.presets import TrainConfig
     from condgan.requests import Place
     from condgan.results import Drawing
-    from condgan.training import TrainConfig
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -276,8 +276,8 @@ def _prepare(args: argparse.Namespace) -> Report:
 
 
 def _train(args: argparse.Namespace) -> Report:
+    from condgan.presets import PRESETS
     from condgan.runs import train
-    from condgan.training import PRESETS
 
     if args.preset not in PRESETS:
         known = f"{_did_you_mean(args.preset, PRESETS)} The presets are {', '.join(PRESETS)}."
@@ -314,7 +314,7 @@ def _with_fields(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig
         if field not in hints:
             raise ValueError(
                 f"unknown field {field!r}: {_did_you_mean(field, hints)} The fields are those of "
-                "condgan.training.TrainConfig."
+                "condgan.presets.TrainConfig."
             )
         part, _, name = field.rpartition(".")
         parts.setdefault(part, {})[name] = _field_value(field, text, hints[field])
@@ -612,7 +612,7 @@ def _parser() -> argparse.ArgumentParser:
         condgan train --data iclevr --preset compact --out run
         condgan generate "red cube" --model run/model
 
-        # a narrower and shorter one; fields as in condgan.training.TrainConfig
+        # a narrower and shorter one; fields as in condgan.presets.TrainConfig
         condgan train --data iclevr --out small --images 200000 \\
             --set generator.width=8 --set lr_generator=1e-4
 

@@ -20,14 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from condgan.batches import TrainingScenes
 from condgan.classifier import SceneClassifier
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
 from condgan.files import replacing
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
+from condgan.presets import TrainConfig
 from condgan.ranks import RankLost, Ranks, joined
 from condgan.results import Drawing
-from condgan.training import TrainConfig, Trainer, TrainingDiverged, TrainingScenes
+from condgan.training import Trainer, TrainingDiverged
 
 CHECKPOINT = "checkpoint.safetensors"
 COUNTERS = ("step", "images", "skipped", "skipped_in_a_row")
@@ -48,8 +50,9 @@ def train(
     """Train a generator, or go on with a run that was interrupted.
 
     The folder ``out`` gets ``log.jsonl``, ``checkpoint.safetensors`` (from which a run goes on to the very same numbers
-    on the CPU), ``model/`` and ``discriminator/`` (the averaged generator and its opponent, for ``from_pretrained``)
-    and ``pictures/`` (drawings), all but the log anew with every checkpoint; and ``tensorboard/`` if it is installed.
+    on the CPU), ``model/`` and ``discriminator/`` (the averaged generator and its opponent, for ``from_pretrained``),
+    ``noise-encoder/`` where noise is found, and ``pictures/`` (drawings), all but the log anew with every checkpoint;
+    and ``tensorboard/`` if it is installed.
 
     In the processes that ``torchrun`` starts, or in those of a process group of ``torch.distributed``, all train one
     model: each takes its part of every step's scenes, and all together do, up to rounding, what one process would. Only
@@ -59,7 +62,7 @@ def train(
         data: packed file of ``condgan prepare``, or the folder that holds it; its train split is used. Or a data set of
             just the scenes to train on; resuming needs the same one.
         out: folder of the run.
-        config: what to train; :data:`condgan.training.PRESETS` holds some.
+        config: what to train; :data:`condgan.presets.PRESETS` holds some.
         device: such as ``cuda``; None takes a GPU if there is one. Of several processes each takes a GPU of its own.
         accumulate: parts of a process's scenes that pass the networks one after the other, which takes less memory.
             Gradients are those of all parts, batch norm is over one part at a time.
@@ -82,7 +85,7 @@ def train(
             with that checkpoint written, both end the process at once.
     """
     if not isinstance(config, TrainConfig):
-        raise TypeError(f"config must be a TrainConfig, such as PRESETS['compact'] of condgan.training, got {config!r}")
+        raise TypeError(f"config must be a TrainConfig, such as PRESETS['compact'] of condgan.presets, got {config!r}")
     out = Path(out)
     size = config.generator.image_size
     dataset = data if isinstance(data, SceneDataset) else SceneDataset(data, "train", image_size=size)

@@ -1,11 +1,10 @@
-"""Training: configuration, the two optimizer steps, exponential moving average. Runs and their files: ``runs``."""
+"""Training steps: losses, optimizers, exponential moving average. Their scenes: ``batches``; runs: ``runs``."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from condgan import images as pictures
+from condgan.batches import Batch, Part, TrainingScenes, own_parts, step_rng
 from condgan.calibration import (
+    FOUND_NOISE_STD,
     code_turns,
     correct_first_turns,
     fit_mapping,
@@ -25,26 +26,14 @@ from condgan.calibration import (
     with_noise,
 )
 from condgan.classifier import SceneClassifier
-from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
-from condgan.datasets import SceneDataset
-from condgan.functional import (
-    SCENES_AT_ONCE,
-    changed_region,
-    local_mean,
-    pixel_distance,
-    places_of_turns,
-    roll_conditions,
-    rollout,
-)
+from condgan.functional import changed_region, local_mean, pixel_distance, roll_conditions, rollout
 from condgan.losses import OBJECTIVES, reverse_gradient
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.precision import autocast
+from condgan.presets import TrainConfig
 from condgan.ranks import ALONE, Ranks, share_statistics
-from condgan.requests import parse_seed
 
 MAX_SKIPPED_IN_A_ROW = 5
-FOUND_NOISE_STD = 0.15
-"""Standard deviation of what is added to the code that the noise encoder finds: it must leave room around each."""
 CHANCE_WEIGHT = 0.01
 """Weight of the losses of the place model and the mapping: no other weight feels them."""
 CHANGED_WEIGHT = 5.0
@@ -62,190 +51,6 @@ class TrainingDiverged(RuntimeError):
     """Several steps in a row had a loss or gradient that is not finite."""
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything a run depends on. One *picture* is one turn of one scene, seen once by the generator."""
-
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    objective: str = "reference"
-    """Name in :data:`condgan.losses.OBJECTIVES`."""
-    images: int = 140 * 16_206
-    """Pictures to train on, over both stages; a longer run may go on from a shorter one."""
-    reconstruction_images: int = 0
-    """Length of the first stage, in pictures: the noise encoder finds the code of the real next picture, from which
-    the generator must draw it; no discriminator. Then what a code means is settled: the noise encoder learns no
-    more."""
-    reconstruction_weight: float = 0.0
-    """Adversarial stage: weight of the same reconstruction for half of the pictures; the others get random noise, as
-    all do with a weight of 0."""
-    batch_scenes: int = 11
-    """Scenes a step, over all ranks; every turn of a scene is one picture."""
-    lr_generator: float = 1e-4
-    lr_discriminator: float = 4e-4
-    lr_encoder: float = 1e-3
-    beta2: float = 0.9
-    """Adam's second coefficient in the adversarial stage; the first is 0."""
-    lr_reconstruction: float = 1e-3
-    """Generator and encoder in the first stage."""
-    penalty_interval: int = 1
-    """Gradient penalties every so many steps, multiplied by as much."""
-    decay_images: int = 0
-    """Pictures at the end of the run over which the learning rates fall linearly to a tenth."""
-    own_pictures: float = 0.0
-    """Share of scenes, at the end of the run, whose turns start from the model's own picture; grows from 0."""
-    history_dropout: float = 0.0
-    """Share of scenes of which the RNN reads every turn as if it were the first, as it is when an object is added to a
-    picture from elsewhere: what stands there is then known from the picture only."""
-    ema_halflife_images: int = 10_000
-    """Pictures after which a weight has half its influence on the averaged model."""
-    init_generator: str | None = None
-    """Name, folder or hub id of a generator to start from, without its correction of first turns; None: a fresh one."""
-    init_discriminator: str | None = None
-    """Name, folder or hub id of a discriminator to start from; None starts afresh."""
-    init_noise_encoder: str | None = None
-    """Name, folder or hub id of a noise encoder to start from; None starts afresh."""
-    verifier: str | None = None
-    """Name, folder or hub id of the classifier that at the end of the run tells which codes show the object well
-    (:func:`condgan.calibration.prefer_legible_codes`), for models with a mapping; None leaves the mapping as it is."""
-    verifier_scenes: int = 28_800
-    """Scenes that are drawn for it."""
-    legibility_weight: float = 0.0
-    """Adversarial stage: weight of the verifier's cross-entropy for the objects so far, in what the generator draws."""
-    bf16: bool = True
-    """Autocast to bfloat16, on devices that multiply it (:func:`condgan.precision.fast_bfloat16`). Weights and the
-    optimizer stay float32; gradient penalties are sums in float32 of what passed convolutions in bfloat16."""
-    seed: int = 0
-    """From 0 to 2**63 - 1."""
-
-    def __post_init__(self) -> None:
-        for name, kind in get_type_hints(TrainConfig).items():
-            value = getattr(self, name)
-            fits = isinstance(value, (float, int) if kind is float else kind)
-            if not fits or (isinstance(value, bool) and kind is not bool):
-                raise TypeError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")
-        parse_seed(self.seed)
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {sorted(OBJECTIVES)}, got {self.objective!r}")
-        for name in ("batch_scenes", "penalty_interval", "ema_halflife_images", "verifier_scenes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("images", "reconstruction_images", "reconstruction_weight", "legibility_weight", "decay_images"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("own_pictures", "history_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share, from 0 to 1, got {getattr(self, name)}")
-        if self.reconstruction_weight and not (self.reconstruction_images or self.init_noise_encoder):
-            raise ValueError(
-                f"reconstruction_weight={self.reconstruction_weight} needs a noise encoder that has learned: "
-                "give reconstruction_images or init_noise_encoder"
-            )
-        if self.legibility_weight and self.verifier is None:
-            raise ValueError(f"legibility_weight={self.legibility_weight} needs a verifier: give its name or folder")
-        for name in ("image_size", "places", "window", "condition_dim", "objects", "light_inputs"):
-            ours, theirs = getattr(self.generator, name), getattr(self.discriminator, name)
-            if ours != theirs:
-                raise ValueError(f"generator and discriminator must agree on {name}, got {ours!r} and {theirs!r}")
-
-    @property
-    def noise_encoder(self) -> NoiseEncoderConfig | None:
-        """The noise encoder's architecture; None where nothing is reconstructed."""
-        if not (self.reconstruction_images or self.reconstruction_weight):
-            return None
-        ours = self.generator
-        return NoiseEncoderConfig(image_size=ours.image_size, z_dim=ours.z_dim, places=ours.places, window=ours.window)
-
-
-PRESETS: dict[str, TrainConfig] = {
-    "reference": TrainConfig(),
-    "reference-code": TrainConfig(objective="reference-code", lr_encoder=3e-4),
-    "compact": TrainConfig(
-        generator=GeneratorConfig(
-            width=24,
-            z_dim=6,
-            output="blend",
-            places=True,
-            window=40,
-            noise_in_norm=True,
-            mapping=True,
-            correction=True,
-            light_components=64,
-            light_inputs=12,
-        ),
-        discriminator=DiscriminatorConfig(width=32, places=True, window=40, spectral_norm=False, light_inputs=12),
-        objective="relativistic",
-        images=500_000,
-        reconstruction_images=65_000,
-        reconstruction_weight=10.0,
-        batch_scenes=5,
-        lr_generator=3e-4,
-        lr_discriminator=5e-4,
-        lr_encoder=3e-4,
-        beta2=0.99,
-        penalty_interval=4,
-        decay_images=130_000,
-        own_pictures=0.8,
-        history_dropout=0.25,
-        verifier="verifier",
-        legibility_weight=3.0,
-    ),
-}
-
-
-class Part(NamedTuple):
-    """Some of the scenes of a step: those that one rank has on its device at once."""
-
-    first: int
-    """Number of the first scene."""
-    size: int
-    """How many they are."""
-    total: int
-    """Scenes of the whole step."""
-
-    @property
-    def scenes(self) -> slice:
-        """Where they are among all scenes of the step."""
-        return slice(self.first, self.first + self.size)
-
-    def pictures(self, turns: int) -> slice:
-        """Where their turns are among those of all scenes."""
-        return slice(self.first * turns, (self.first + self.size) * turns)
-
-    @property
-    def share(self) -> float:
-        """Weight of a mean over these scenes in the mean over all."""
-        return self.size / self.total
-
-
-class Batch(NamedTuple):
-    """The turns of a few scenes, flattened: N = scenes x turns, scene by scene."""
-
-    prev_images: Tensor
-    """(N, 3, H, W) in [-1, 1]."""
-    images: Tensor
-    """(N, 3, H, W) in [-1, 1]: what the turn made of it."""
-    objects: Tensor
-    """(scenes, turns, K) multi-hot."""
-    places: Tensor | None
-    """(N, 2) pixels, for models that know places."""
-    part: Part
-    """Which scenes of the step they are."""
-
-    @property
-    def turns(self) -> int:
-        """Turns of each scene."""
-        return self.objects.shape[1]
-
-    def mean(self, values: Tensor) -> Tensor:
-        """What the mean of these pictures' values, (N,), adds to the mean over all pictures of the step."""
-        return values.mean() * self.part.share
-
-    def rows(self, values: Tensor) -> Tensor:
-        """These pictures' rows of what was drawn for all pictures of the step."""
-        return values[self.part.pictures(self.turns)].to(self.images.device)
-
-
 class Losses(NamedTuple):
     """What a batch adds to the losses of a step."""
 
@@ -253,87 +58,6 @@ class Losses(NamedTuple):
     """By the names of the optimizers that minimise them."""
     reported: dict[str, Tensor]
     """By the names that the log gives them."""
-
-
-class TrainingScenes:
-    """The train split with an empty scene before every first turn and the place of every object.
-
-    Args:
-        data: scenes of the train split.
-        generator: its canvas and what it knows of light are fitted to them, unless they were before.
-        fit_canvas: whether to fit them.
-        progress: show a progress bar on stderr while they are.
-    """
-
-    def __init__(
-        self, data: SceneDataset, generator: IterativeGenerator, fit_canvas: bool = True, *, progress: bool = False
-    ) -> None:
-        device = generator.canvas.mean.device
-        first = pictures.from_uint8(data.pixels[:, 0].to(device))
-        if fit_canvas:
-            generator.canvas.fit(first, data.objects[:, 0], progress=progress)
-        if generator.config.light_components:
-            empty, _ = pictures.round_levels(generator.canvas.remove_objects(first))
-            uniform = torch.rand(2, len(empty), 1, *empty.shape[2:], generator=torch.Generator().manual_seed(0))
-            chunks = zip(*(x.to(device).split(SCENES_AT_ONCE) for x in (empty, *uniform)), strict=True)
-            empty = torch.cat(  # the next picture has grain of its own
-                [pictures.render_anew(x, pictures.estimate_rest(x, of_rest), grain) for x, of_rest, grain in chunks]
-            )
-        else:
-            empty = generator.canvas.mean.expand_as(first)
-        if fit_canvas and generator.light is not None:
-            generator.light.fit(empty)
-        self.pixels = torch.cat((pictures.to_uint8(empty).cpu()[:, None], data.pixels), 1)  # (S, T + 1, 3, H, W)
-        self.objects = data.objects  # (S, T) ids
-        self.names = data.vocabulary.names
-        self.num_objects = len(self.names)
-        self.places = None
-        if generator.config.places:
-            self.places = places_of_turns(self.pixels)  # (S, T, 2)
-
-    @property
-    def first_turns(self) -> tuple[Tensor, Tensor]:
-        """Empty scenes and what first turns made of them, (S, 2, 3, H, W) uint8, and the ids of their objects, (S,)."""
-        return self.pixels[:, :2], self.objects[:, 0]
-
-    def batch(self, step: int, size: int, seed: int, part: Part | None = None) -> Batch:
-        """The scenes of one step, or a part of them: every epoch is a permutation, a function of seed and step only."""
-        part = part or Part(0, size, size)
-        scenes = []
-        for position in range(step * size, (step + 1) * size)[part.scenes]:
-            epoch, offset = divmod(position, len(self.pixels))
-            scenes.append(int(self._permutation(epoch, seed)[offset]))
-        images = pictures.from_uint8(self.pixels[scenes])
-        objects = F.one_hot(self.objects[scenes], self.num_objects).float()
-        places = None if self.places is None else self.places[scenes].flatten(0, 1)
-        return Batch(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1), objects, places, part)
-
-    def _permutation(self, epoch: int, seed: int) -> Tensor:
-        if getattr(self, "_epoch", None) != (epoch, seed):
-            self._epoch = (epoch, seed)
-            self._order = torch.randperm(len(self.pixels), generator=_step_rng(seed, epoch, "order"))
-        return self._order
-
-
-def _step_rng(seed: int, step: int, purpose: str) -> torch.Generator:
-    """A random source of its own for every step and purpose, so that resuming needs no random state."""
-    salt = sum(ord(letter) * 257**i for i, letter in enumerate(purpose))
-    return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1_000_033 + salt % 1_000_033) % 2**64)
-
-
-def _own_parts(scenes: int, ranks: Ranks, accumulate: int) -> list[Part]:
-    """Which of a step's scenes this rank takes: consecutive ones of equal number, or one more or less, in each part."""
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
-    count = ranks.count * accumulate
-    if count > scenes:
-        raise ValueError(
-            f"batch_scenes is {scenes}, too few for {ranks.count} ranks with {accumulate} parts each: "
-            f"take more scenes a step, or fewer ranks or parts"
-        )
-    starts = [scenes * i // count for i in range(count + 1)]
-    ours = range(ranks.rank, count, ranks.count)  # a part is next to those that the other ranks have at the same time
-    return [Part(starts[i], starts[i + 1] - starts[i], scenes) for i in ours]
 
 
 def _as_seen(drawn: Tensor, prev_images: Tensor, uniform: Tensor) -> Tensor:
@@ -375,7 +99,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.ranks = ranks
-        self.parts = _own_parts(config.batch_scenes, ranks, accumulate)
+        self.parts = own_parts(config.batch_scenes, ranks, accumulate)
         self.scenes = scenes
         self.objective = OBJECTIVES[config.objective]
         self.device = next(generator.parameters()).device
@@ -479,7 +203,7 @@ class Trainer:
         """Let some scenes go on from what the averaged model drew; what a turn adds stays the same."""
         start = self.config.reconstruction_images
         progress = max(0.0, (self.images - start) / max(1, self.config.images - start))
-        rng = _step_rng(self.config.seed, self.step, "own")
+        rng = step_rng(self.config.seed, self.step, "own")
         turns, part = batch.turns, batch.part
         chosen = torch.rand(part.total, generator=rng) < self.config.own_pictures * progress  # of all ranks' scenes
         own = chosen[part.scenes]
@@ -510,7 +234,7 @@ class Trainer:
         """What the RNN says of every turn, (N, D); of some scenes it reads each turn as if it were the first."""
         objects = batch.objects
         conditions = roll_conditions(self.generator.encoder, objects)[0]
-        rng = _step_rng(self.config.seed, self.step, "history")
+        rng = step_rng(self.config.seed, self.step, "history")
         forgetful = torch.rand(batch.part.total, generator=rng) < self.config.history_dropout
         if forgetful.any():  # on every rank alike
             alone = read_alone(self.generator.encoder, objects)
@@ -520,12 +244,12 @@ class Trainer:
 
     def _noise(self, batch: Batch, purpose: str) -> Tensor:
         """Standard normal numbers (N, z_dim), those of a picture whatever rank and part it is in."""
-        rng = _step_rng(self.config.seed, self.step, purpose)
+        rng = step_rng(self.config.seed, self.step, purpose)
         return batch.rows(torch.randn(batch.part.total * batch.turns, self.config.generator.z_dim, generator=rng))
 
     def _uniform(self, batch: Batch) -> Tensor:
         """Two numbers in [0, 1) for every pixel of these pictures, (2, N, 1, H, W)."""
-        rng = _step_rng(self.config.seed, self.step, "levels")
+        rng = step_rng(self.config.seed, self.step, "levels")
         size = batch.images.shape[2:]
         return batch.rows(torch.rand(batch.part.total * batch.turns, 2, 1, *size, generator=rng)).transpose(0, 1)
 
@@ -617,7 +341,7 @@ class Trainer:
                 found_code = self._found_code(batch)
         code = self._random_code(batch, conditions)
         if found_code is not None:
-            rng = _step_rng(self.config.seed, self.step, "which")
+            rng = step_rng(self.config.seed, self.step, "which")
             chosen = torch.rand(batch.part.total * batch.turns, generator=rng) < 0.5
             found, num_found = batch.rows(chosen), chosen.sum().clamp(min=1).to(self.device)
             code = torch.where(found[:, None], found_code, code)
@@ -730,7 +454,7 @@ class Trainer:
             prefer_legible_codes(generator, self.verifier, one_hot, scenes=drawn, bf16=bf16, progress=progress)
         if generator.correction is not None:
             turns = scenes.first_turns
-            correct_first_turns(generator, self.noise_encoder, *turns, noise=FOUND_NOISE_STD, progress=progress)
+            correct_first_turns(generator, self.noise_encoder, *turns, progress=progress)
         return generator
 
     def _fit_mapping(self, generator: IterativeGenerator, progress: bool) -> None:
@@ -738,7 +462,7 @@ class Trainer:
             return
         scenes, dropout = self.scenes, self.config.history_dropout
         turns = code_turns(generator, self.noise_encoder, scenes.pixels, scenes.objects, scenes.places)
-        fit_mapping(generator, turns, noise=FOUND_NOISE_STD, history_dropout=dropout, progress=progress)
+        fit_mapping(generator, turns, history_dropout=dropout, progress=progress)
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by the names that checkpoints give them."""

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from condgan import IterativeGenerator
+from condgan.batches import TrainingScenes
 from condgan.datasets import SceneDataset
 from condgan.evaluation import evaluate
 from condgan.files import replacing
+from condgan.presets import PRESETS, TrainConfig
 from condgan.runs import train
-from condgan.training import PRESETS, TrainConfig, TrainingScenes
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on")

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from condgan import IterativeGenerator
+from condgan.batches import TrainingScenes
 from condgan.calibration import correct_first_turns, recalibrate
 from condgan.datasets import SceneDataset
 from condgan.models import NoiseEncoder
-from condgan.training import FOUND_NOISE_STD, TrainingScenes
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("models", nargs=2, help="names, folders or hub ids of two generators")
@@ -55,7 +55,7 @@ def main() -> None:
     recalibrate(generator, F.one_hot(scenes.objects, scenes.num_objects).float())
     if generator.correction is not None:
         noise_encoder = NoiseEncoder.from_pretrained(args.noise_encoder)
-        correct_first_turns(generator, noise_encoder, *scenes.first_turns, noise=FOUND_NOISE_STD)
+        correct_first_turns(generator, noise_encoder, *scenes.first_turns)
     generator.save_pretrained(args.out, dtype=torch.float16)
 
 

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from condgan import IterativeGenerator, NoiseEncoder
+from condgan.batches import TrainingScenes
 from condgan.calibration import correct_first_turns, recalibrate
 from condgan.datasets import SceneDataset, augment_scene
 from condgan.functional import changed_region, pixel_distance, place_of_change, roll_conditions
 from condgan.prepare import prepare
-from condgan.training import FOUND_NOISE_STD, TrainingScenes
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder in the i-CLEVR layout")
@@ -87,6 +87,6 @@ for epoch in range(args.epochs):
 recalibrate(generator, F.one_hot(data.objects, len(data.vocabulary)).float())
 if generator.correction is not None and noise_encoder is not None:
     first_turns = TrainingScenes(data, generator, fit_canvas=False).first_turns
-    correct_first_turns(generator, noise_encoder, *first_turns, noise=FOUND_NOISE_STD)
+    correct_first_turns(generator, noise_encoder, *first_turns)
 generator.save_pretrained(args.out)
 print("wrote", args.out)

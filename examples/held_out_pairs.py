@@ -29,8 +29,8 @@ from condgan import IterativeGenerator, SceneClassifier, metrics
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
 from condgan.images import from_uint8, to_uint8
+from condgan.presets import PRESETS
 from condgan.runs import train
-from condgan.training import PRESETS
 
 HELD_OUT = ("red cube", "blue sphere", "green cylinder", "yellow cube")
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 
 from condgan import IterativeGenerator
+from condgan.batches import TrainingScenes
 from condgan.calibration import correct_first_turns, fit_places
 from condgan.datasets import SceneDataset
 from condgan.images import from_uint8
 from condgan.models import NoiseEncoder
-from condgan.training import FOUND_NOISE_STD, PRESETS, TrainingScenes
+from condgan.presets import PRESETS
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on; its train split is used")
@@ -50,7 +51,7 @@ def main() -> None:
         fit_places(generator, *turns, history_dropout=dropout, epochs=args.place_epochs)
     if generator.correction is not None:
         noise_encoder = NoiseEncoder.from_pretrained(args.noise_encoder)
-        correct_first_turns(generator, noise_encoder, *scenes.first_turns, noise=FOUND_NOISE_STD)
+        correct_first_turns(generator, noise_encoder, *scenes.first_turns)
     generator.save_pretrained(args.out, dtype=torch.float16)
 
 

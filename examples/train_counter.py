@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from condgan import GeneratorConfig, IterativeGenerator
+from condgan.batches import TrainingScenes
 from condgan.counter import STRIDE, ObjectCounter, find_centres, match_places
 from condgan.datasets import SceneDataset, augment_scene
 from condgan.functional import changed_region, local_mean, place_map, place_of_change
 from condgan.images import from_uint8
 from condgan.precision import autocast
-from condgan.training import TrainingScenes
 
 HALF, SEED = 1, 303  # the half of the judge, a seed of its own
 NOTHING, OBJECT, UNCLEAR = 0, 1, 2

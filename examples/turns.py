@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from condgan import DiffDiscriminator, IterativeGenerator
+from condgan.batches import TrainingScenes
 from condgan.datasets import SceneDataset
 from condgan.functional import changed_region, place_of_change, roll_conditions
 from condgan.images import from_uint8, to_uint8
-from condgan.training import TrainingScenes
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on")

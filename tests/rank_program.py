@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator, runs, training
 from condgan import ranks as ranks_module
+from condgan.batches import TrainingScenes
 from condgan.datasets import SceneDataset
 from condgan.models import DiffDiscriminator, NoiseEncoder
+from condgan.presets import TrainConfig
 from condgan.ranks import ALONE, GlobalBatchNorm, Ranks, joined
-from condgan.training import TrainConfig, Trainer, TrainingScenes
+from condgan.training import Trainer
 
 LONG = dataclasses.replace(RUN, images=100_000, reconstruction_images=90, own_pictures=0.0)
 CONFIGS = {

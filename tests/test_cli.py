@@ -27,7 +27,8 @@ from condgan.cli import main
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.counter import ObjectCounter, ObjectCounterConfig
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
-from condgan.training import PRESETS, TrainConfig, TrainingDiverged
+from condgan.presets import PRESETS, TrainConfig
+from condgan.training import TrainingDiverged
 
 COMMANDS = ("generate", "add", "info", "list", "prepare", "train", "evaluate")
 SCENE = ["red cube", "blue sphere"]

@@ -28,6 +28,7 @@ from condgan import (
     SceneClassifier,
     calibration,
     evaluation,
+    presets,
     training,
 )
 from condgan.datasets import SceneDataset
@@ -280,9 +281,9 @@ def test_held_out_pairs_are_not_trained_on_but_asked_for(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(training, "recalibrate", lambda generator, objects: None)  # it takes longer than the rest
-    compact = training.PRESETS["compact"]
+    compact = presets.PRESETS["compact"]
     few = dataclasses.replace(compact.generator, light_components=2)  # there are only 18 scenes
-    monkeypatch.setitem(training.PRESETS, "compact", dataclasses.replace(compact, generator=few))
+    monkeypatch.setitem(presets.PRESETS, "compact", dataclasses.replace(compact, generator=few))
     arguments = ("--data", data, "--images", 15, "--width", 4, "--draws", 1, "--out", tmp_path / "run")
     run(monkeypatch, "held_out_pairs.py", *arguments, "--hold-out", "red cube", "blue sphere")
     report = json.loads(capsys.readouterr().out)
@@ -321,9 +322,9 @@ def test_ablations_trains_and_measures_each_row_once(
         return evaluate(model, *args, **kwargs)
 
     monkeypatch.setattr(evaluation, "evaluate", watched)
-    preset = training.PRESETS["compact"]
+    preset = presets.PRESETS["compact"]
     few = dataclasses.replace(preset.generator, light_components=2)  # there are 20 scenes to fit the canvas to
-    monkeypatch.setitem(training.PRESETS, "compact", dataclasses.replace(preset, generator=few))
+    monkeypatch.setitem(presets.PRESETS, "compact", dataclasses.replace(preset, generator=few))
     rows = ("everything", "no-window")
     short = ("--images", 45, "--width", 4, "--seeds", 1, "--draws", 1)
     run(monkeypatch, "ablations.py", "--data", data, "--out", tmp_path, *short, "--rows", *rows)

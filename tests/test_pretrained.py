@@ -17,7 +17,7 @@ from condgan import DiffDiscriminator, IterativeGenerator, NoiseEncoder, SceneCl
 from condgan.drawing import draw_turns
 from condgan.functional import changed_region, place_of_change
 from condgan.metrics import exact_set, multilabel_accuracy
-from condgan.training import PRESETS
+from condgan.presets import PRESETS
 from condgan.vocab import ICLEVR_OBJECTS
 
 SHIPPED = Path(condgan.__file__).parent / "pretrained"

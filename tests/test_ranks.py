@@ -20,9 +20,9 @@ from safetensors import safe_open
 from tiny import RUN
 
 from condgan import training
+from condgan.batches import own_parts
 from condgan.ranks import ALONE, GlobalBatchNorm, Ranks, joined, launched, own_device
 from condgan.runs import CHECKPOINT, train
-from condgan.training import _own_parts
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +97,16 @@ def test_the_first_rank_finishes_a_run_alone(two_ranks: list[dict[str, Any]]) ->
 
 def test_every_scene_of_a_step_is_in_one_part_and_parts_are_alike() -> None:
     for scenes, count, accumulate in ((5, 1, 1), (5, 2, 1), (11, 3, 2), (7, 1, 7), (64, 8, 4)):
-        parts = [_own_parts(scenes, Ranks(rank, count), accumulate) for rank in range(count)]
+        parts = [own_parts(scenes, Ranks(rank, count), accumulate) for rank in range(count)]
         together = sorted(part for own in parts for part in own)
         assert [i for part in together for i in range(scenes)[part.scenes]] == list(range(scenes))
         assert {len(own) for own in parts} == {accumulate}
         assert max(part.size for part in together) - min(part.size for part in together) <= 1
         assert sum(part.share for part in together) == pytest.approx(1)
     with pytest.raises(ValueError, match=r"batch_scenes is 5, too few for 2 ranks with 3 parts each"):
-        _own_parts(5, Ranks(0, 2), 3)
+        own_parts(5, Ranks(0, 2), 3)
     with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
-        _own_parts(5, ALONE, 0)
+        own_parts(5, ALONE, 0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

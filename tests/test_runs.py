@@ -23,8 +23,9 @@ from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.datasets import SceneDataset, packed_path
 from condgan.models import NoiseEncoder
 from condgan.prepare import prepare
+from condgan.presets import PRESETS
 from condgan.runs import CHECKPOINT, RunLog, train
-from condgan.training import PRESETS, Trainer, TrainingDiverged
+from condgan.training import Trainer, TrainingDiverged
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -15,22 +15,15 @@ from tiny import RUN
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator, SceneClassifier, calibration
+from condgan.batches import TrainingScenes, step_rng
 from condgan.canvas import Canvas
 from condgan.datasets import SceneDataset
 from condgan.functional import local_mean
 from condgan.images import GRAIN, LEVEL, from_uint8, to_uint8
 from condgan.losses import Objective
 from condgan.models import DiffDiscriminator, NoiseEncoder
-from condgan.training import (
-    MAX_SKIPPED_IN_A_ROW,
-    PRESETS,
-    TrainConfig,
-    Trainer,
-    TrainingDiverged,
-    TrainingScenes,
-    _as_seen,
-    _step_rng,
-)
+from condgan.presets import PRESETS, TrainConfig
+from condgan.training import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingDiverged, _as_seen
 from condgan.vocab import Vocabulary
 
 
@@ -433,9 +426,9 @@ def test_a_field_of_another_type_is_refused_before_the_run(name: str, value: obj
 
 
 def test_every_seed_up_to_the_largest_has_random_numbers_of_its_own() -> None:
-    assert _step_rng(18, 5, "").initial_seed() == (18 * 1_000_003 + 5) * 1_000_033
+    assert step_rng(18, 5, "").initial_seed() == (18 * 1_000_003 + 5) * 1_000_033
     seeds = (0, 1, 18_000_000, 18_500_000, 2**63 - 1)
-    assert len({_step_rng(dataclasses.replace(RUN, seed=seed).seed, 5, "own").initial_seed() for seed in seeds}) == 5
+    assert len({step_rng(dataclasses.replace(RUN, seed=seed).seed, 5, "own").initial_seed() for seed in seeds}) == 5
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match=rf"seed must be between 0 and 2\*\*63 - 1, got {seed}"):
             dataclasses.replace(RUN, seed=seed)

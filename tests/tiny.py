@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator
-from condgan.training import TrainConfig
+from condgan.presets import TrainConfig
 
 COMPACT = GeneratorConfig(
     width=4,
