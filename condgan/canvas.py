@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condgan.flow import ContinuousFlow
-from condgan.functional import local_mean
+from condgan.functional import local_mean, symmetric_root
 
 RESIDUAL_THRESHOLD = 8 / 255
 """A pixel further than this from the light model belongs to an object or its shadow (4 grey levels, in [-1, 1])."""
@@ -262,7 +262,7 @@ class Canvas(nn.Module):
         typical = products[:, :, known].sum(2) / visible[known].sum()
         covariance = torch.where(often, products / visible.clamp(min=1), typical[:, :, None, None])
         covariance = covariance.permute(2, 3, 0, 1) - ROUNDING_VARIANCE * torch.eye(3).to(covariance)
-        self.grain_mix.copy_(_square_root(covariance).permute(2, 3, 0, 1))
+        self.grain_mix.copy_(symmetric_root(covariance).permute(2, 3, 0, 1))
 
     def _fill_pattern(self, seen: Tensor) -> None:
         """Give the floor that no picture shows a pattern like the one around it.
@@ -281,7 +281,7 @@ class Canvas(nn.Module):
             return
         covariance = known @ known.T / known.shape[1] * (SMOOTH**2 / (SMOOTH**2 - 1))
         noise = torch.randn(self.mean.shape, generator=torch.Generator().manual_seed(0)).to(self.mean.device)
-        pattern = torch.einsum("cd,dhw->chw", _square_root(covariance), noise)
+        pattern = torch.einsum("cd,dhw->chw", symmetric_root(covariance), noise)
         self.mean.copy_(torch.where(seen, self.mean, smooth + pattern))
 
     def _coloured(self, grain: Tensor) -> Tensor:
@@ -289,12 +289,6 @@ class Canvas(nn.Module):
 
     def _estimates(self, images: Tensor, batch_size: int = 128) -> list[tuple[Tensor, LightEstimate]]:
         return [(chunk, self.estimate_light(chunk)) for chunk in images.split(batch_size)]
-
-
-def _square_root(covariance: Tensor) -> Tensor:
-    """The symmetric roots (..., C, C) of covariances; variances below zero count as zero."""
-    variances, axes = torch.linalg.eigh(covariance)
-    return (axes * variances.clamp(min=0).sqrt()[..., None, :]) @ axes.mT
 
 
 def _central_box(size: int) -> Tensor:

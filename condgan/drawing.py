@@ -69,8 +69,6 @@ class Turns(NamedTuple):
     images: Tensor
     """(N, T + 1, 3, H, W) float32 in [-1, 1]: the canvas, then the picture after each turn; a scene that is shorter
     than T repeats its last picture."""
-    lengths: Tensor
-    """(N,) int64: turns of each scene."""
     places: Tensor | None
     """(N, T, 2) float32: where each object was put, in pixels (x, y); NaN after a scene's last turn. None for models
     that do not know places."""
@@ -130,8 +128,7 @@ def draw_turns(
             images.append(torch.stack([*drawn, *[drawn[-1]] * (turns + 1 - len(drawn))], 1))
             if generator.place_model is not None:
                 where.append(F.pad(torch.stack(put[1:], 1), (0, 0, 0, turns + 1 - len(put)), value=math.nan))
-    lengths = torch.tensor([len(scene) for scene in objects])
-    return Turns(torch.cat(images), lengths, torch.cat(where) if where else None)
+    return Turns(torch.cat(images), torch.cat(where) if where else None)
 
 
 def random_source(seed: int) -> torch.Generator:
@@ -264,14 +261,9 @@ def draw(
         places = [scene for scene in places for _ in range(num_images)]
     seeds = [(first + n) % (MAX_SEED + 1) for n in range(len(scenes))]
     asked = places or [[None] * len(scene) for scene in scenes]
+    best = draw_best(generator, scenes, seeds, best_of, redraw, places=places, start=start)
     again: list[dict[str, object]] | None = None
-    if best_of == 1:
-        images, _, put = draw_turns(generator, scenes, seeds, places=places, start=_one_each(start, scenes))
-        best = Best(images, put, seeds, None, [[1] * len(scene) for scene in scenes])
-    elif redraw == "picture":
-        best = best_pictures(generator, scenes, seeds, best_of, places=places, start=start)
-    else:
-        best = best_turns(generator, scenes, seeds, best_of, places=places, start=start)
+    if best_of > 1 and redraw == "turn":
         again = [{"at": None if places is None else row, "best_of": best_of, "redraw": redraw} for row in asked]
     where = None
     if best.places is not None:
@@ -310,6 +302,27 @@ def _candidate_seed(seed: int, candidate: int) -> int:
     return (seed + candidate * CANDIDATE_STRIDE) % (MAX_SEED + 1)
 
 
+def draw_best(
+    generator: SceneModel,
+    scenes: Sequence[Sequence[str]],
+    seeds: list[int],
+    best_of: int,
+    redraw: Redraw,
+    *,
+    places: Sequence[Sequence[Place | None]] | None = None,
+    start: Tensor | None = None,
+) -> Best:
+    """The best of ``best_of`` candidates of each picture, or of each turn: what users get; 1 draws once, unscored.
+
+    Arguments as in :func:`draw_turns`, but ``start`` is one picture (3, H, W).
+    """
+    if best_of == 1:
+        images, put = draw_turns(generator, scenes, seeds, places=places, start=_one_each(start, scenes))
+        return Best(images, put, seeds, None, [[1] * len(scene) for scene in scenes])
+    choose = best_pictures if redraw == "picture" else best_turns
+    return choose(generator, scenes, seeds, best_of, places=places, start=start)
+
+
 def best_pictures(
     generator: SceneModel,
     scenes: Sequence[Sequence[str]],
@@ -324,7 +337,7 @@ def best_pictures(
     Arguments as in :func:`draw_turns`, but ``start`` is one picture (3, H, W). Candidates have seeds of their own.
     """
     target, starts = target_objects(scenes, start), _one_each(start, scenes)
-    images, _, put = draw_turns(generator, scenes, seeds, places=places, start=starts)
+    images, put = draw_turns(generator, scenes, seeds, places=places, start=starts)
     scores = exact_probability(images[:, -1], target)
     kept = seeds
     for candidate in range(1, best_of):
@@ -389,7 +402,7 @@ def best_turns(
         return drawn, place
 
     starts = _one_each(start, scenes)
-    images, _, put = draw_turns(generator, scenes, seeds, places=places, start=starts, draw_turn=draw_turn)
+    images, put = draw_turns(generator, scenes, seeds, places=places, start=starts, draw_turn=draw_turn)
     return Best(images, put, seeds, scores, draws)
 
 

@@ -359,6 +359,12 @@ def local_mean(images: Tensor, size: int) -> Tensor:
     return F.avg_pool2d(F.pad(images, [size // 2] * 4, mode="replicate"), size, 1)
 
 
+def symmetric_root(covariances: Tensor) -> Tensor:
+    """The symmetric square roots of covariances, (..., C, C) both; variances below zero count as zero."""
+    variances, axes = torch.linalg.eigh(covariances)
+    return (axes * variances.clamp(min=0).sqrt()[..., None, :]) @ axes.mT
+
+
 def _check_pairs(name: str, pairs: Tensor, n: int | None = None) -> None:
     if pairs.ndim != 2 or pairs.shape[1] != 2 or n not in (None, len(pairs)):
         raise ValueError(f"{name} must be ({'N' if n is None else n}, 2), got {tuple(pairs.shape)}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from condgan.functional import changed_region
+from condgan.functional import changed_region, symmetric_root
 
 GREY_LEVELS = 127.5
 """Grey levels (0-255) in one unit of [-1, 1]."""
@@ -190,16 +190,9 @@ def gaussian_frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """
     if a.covariance.shape != b.covariance.shape:
         raise ValueError(f"the two Gaussians have {len(a.mean)} and {len(b.mean)} features: compare like with like")
-    cross = torch.linalg.svdvals(_square_root(a.covariance) @ _square_root(b.covariance)).sum()
+    cross = torch.linalg.svdvals(symmetric_root(a.covariance) @ symmetric_root(b.covariance)).sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(float(distance), 0.0)
-
-
-def _square_root(matrix: Tensor) -> Tensor:
-    """Symmetric square root of a positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return root
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from condgan.datasets import SceneDataset, Split, packed_path
-from condgan.drawing import Redraw, SceneModel, best_pictures, best_turns, draw_turns
+from condgan.drawing import Redraw, SceneModel, draw_best
 from condgan.functional import encode_objects, places_of_turns
 from condgan.images import from_uint8, to_uint8
 from condgan.requests import Place, parse_scenes
@@ -69,23 +69,15 @@ class SceneDrawer:
         with tqdm(total=len(seeds), desc="drawing", unit="picture", file=sys.stderr, disable=not self.progress) as bar:
             for low in range(0, len(seeds), self.batch_size):
                 part = slice(low, low + self.batch_size)
-                images, draws = self._draw(lists[part], list(seeds[part]), None if places is None else places[part])
-                missing = objects.shape[1] + 1 - images.shape[1]
-                pictures.append(to_uint8(torch.cat([images, *[images[:, -1:]] * missing], 1)))
-                passes += sum(map(sum, draws))
-                bar.update(len(images))
+                where = None if places is None else places[part]
+                best = draw_best(
+                    self.generator, lists[part], list(seeds[part]), self.best_of, self.redraw, places=where
+                )
+                missing = objects.shape[1] + 1 - best.images.shape[1]
+                pictures.append(to_uint8(torch.cat([best.images, *[best.images[:, -1:]] * missing], 1)))
+                passes += sum(map(sum, best.draws))
+                bar.update(len(best.images))
         return Scenes(torch.cat(pictures), objects), passes / len(seeds)
-
-    def _draw(
-        self, lists: Sequence[Sequence[str]], seeds: list[int], places: Sequence[Sequence[Place | None]] | None
-    ) -> tuple[Tensor, list[list[int]]]:
-        """The pictures of one batch (N, T + 1, 3, H, W), and how often each turn was drawn."""
-        if self.best_of == 1:
-            turns = draw_turns(self.generator, lists, seeds, places=places)
-            return turns.images, [[1] * len(names) for names in lists]
-        draw_best = best_pictures if self.redraw == "picture" else best_turns
-        best = draw_best(self.generator, lists, seeds, self.best_of, places=places)
-        return best.images, best.draws
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from condgan import evaluation, layout, scenes
+from condgan import drawing, evaluation, layout, scenes
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.configs import GeneratorConfig
 from condgan.counter import ObjectCounter, ObjectCounterConfig
@@ -60,7 +60,7 @@ def _honest(
     scenes = [_scene(names, seed) for names, seed in zip(conditions, seeds, strict=True)]
     turns = max(len(scene) for scene in scenes)
     images = torch.stack([torch.cat([scene, scene[-1:].expand(turns - len(scene), -1, -1, -1)]) for scene in scenes])
-    return Turns(images / 127.5 - 1, torch.tensor([len(names) for names in conditions]), None)
+    return Turns(images / 127.5 - 1, None)
 
 
 def _forgetful(
@@ -116,7 +116,13 @@ def oracle() -> _Oracle:
 
 @pytest.fixture
 def drawer(monkeypatch: pytest.MonkeyPatch) -> Callable[[DrawTurns], None]:
-    return lambda draw_turns: monkeypatch.setattr(scenes, "draw_turns", draw_turns)
+    def replace(draw_turns: DrawTurns) -> None:
+        def drawn(*arguments: object, places: object, start: None) -> Turns:
+            return draw_turns(*arguments, places=places)
+
+        monkeypatch.setattr(drawing, "draw_turns", drawn)
+
+    return replace
 
 
 @pytest.fixture
@@ -312,7 +318,7 @@ def test_pictures_are_measured_as_they_are_saved(score: Score) -> None:
         image[:, 2] += 0.4
         image[:, 2, :, 30:34, 30:34] = 200.0
         image[:, 1:, :, 0] = torch.tensor([300.0, 280.0])[:, None, None]
-        return Turns(image / 127.5 - 1, torch.full((len(seeds),), 2), None)
+        return Turns(image / 127.5 - 1, None)
 
     report = score(fine, [["red cube", "blue cube"]])
     assert report.measures["preservation"].drawn == 0
@@ -575,7 +581,7 @@ def test_best_of_is_told_and_costs_passes(
 
     def best(kind: str) -> Callable[..., Best]:
         def draw_best(
-            g: object, lists: Sequence[Sequence[str]], seeds: list[int], best_of: int, *, places: object = None
+            g: object, lists: Sequence[Sequence[str]], seeds: list[int], best_of: int, **options: object
         ) -> Best:
             calls.append((kind, best_of))
             turns = _honest(g, lists, seeds)
@@ -584,8 +590,8 @@ def test_best_of_is_told_and_costs_passes(
 
         return draw_best
 
-    monkeypatch.setattr(scenes, "best_pictures", best("picture"))
-    monkeypatch.setattr(scenes, "best_turns", best("turn"))
+    monkeypatch.setattr(drawing, "best_pictures", best("picture"))
+    monkeypatch.setattr(drawing, "best_turns", best("turn"))
 
     def never(*args: object, **options: object) -> Turns:
         raise AssertionError("a single draw")
