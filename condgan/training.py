@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from condgan import images as pictures
 from condgan.batches import Batch, Part, TrainingScenes, own_parts, step_rng
@@ -410,7 +411,7 @@ class Trainer:
         names = ("discriminator", "generator", "encoder") if self.adversarial else ("reconstruction",)
         grads = [p.grad for p in self._parameters(*names) if p.grad is not None]
         self.ranks.sum_(losses, *grads)
-        if not torch.cat((losses, torch.stack(torch._foreach_norm(grads)))).isfinite().all():
+        if not torch.cat((losses, nn.utils.get_total_norm(grads)[None])).isfinite().all():
             self.skipped += 1
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -430,7 +431,7 @@ class Trainer:
         decay = 0.5 ** (num_images / halflife)
         source, target = self.generator.state_dict(), self.ema_generator.state_dict()
         floats = [name for name, value in target.items() if value.is_floating_point()]
-        torch._foreach_lerp_([target[n] for n in floats], [source[n] for n in floats], 1 - decay)
+        get_ema_multi_avg_fn(decay)([target[n] for n in floats], [source[n] for n in floats], None)
 
     def export(self) -> IterativeGenerator:
         """A copy of the averaged model with batch norm statistics of its own free-running scenes, in eval mode."""
