@@ -41,7 +41,7 @@ from condgan.measures import (
 )
 from condgan.report import MEASURES, EvaluationReport, Measure
 from condgan.requests import MAX_PICTURES, parse_scenes, parse_seed, parse_whole
-from condgan.scenes import RealScenes, SceneDrawer, Scenes, read_real
+from condgan.scenes import RealScenes, SceneDrawer, Scenes, as_real, read_real
 from condgan.vocab import Vocabulary
 
 BLANK_PICTURES = 256
@@ -139,11 +139,12 @@ def evaluate(
     measures |= _measure_diversity(drawn, len(lists), real)
     layout = {}
     if real is not None and for_test is not None and for_validation is not None:
-        layouts = [scene_layout(scenes, observer.vocabulary) for scenes in (for_test, real.test, real.validation)]
+        alike = (as_real(for_test, generator), real.test, real.validation)
+        layouts = [scene_layout(scenes, observer.vocabulary) for scenes in alike]
         layout = compare_layouts(*layouts, rng_seed=0)
         measures |= _measure_looks(for_validation, for_test, real)
         if at_test is not None:
-            measures |= _measure_places(at_test, real)
+            measures |= _measure_places(as_real(at_test, generator), real)
 
     return EvaluationReport(
         model=model_name or type(generator).__name__,

@@ -145,11 +145,26 @@ def read_real(data: str | Path, generator: SceneModel, vocabulary: Vocabulary) -
         lists = parse_scenes(
             [[dataset.vocabulary.names[i] for i in scene] for scene in dataset.objects.tolist()], generator.vocabulary
         )
-        weight = next(generator.parameters())
-        first = from_uint8(dataset.pixels[:, 0]).to(weight.device, weight.dtype)
-        empty = to_uint8(generator.canvas.remove_objects(first).float().cpu())
-        return Scenes(torch.cat((empty[:, None], dataset.pixels), 1), encode_objects(lists, vocabulary)), lists
+        return Scenes(_after_empty(dataset.pixels, generator), encode_objects(lists, vocabulary)), lists
 
     (test, lists), (validation, validation_lists) = read("test"), read("validation")
     places, training = places_of_turns(test.pictures), open_real(data, generator.image_size, "train").pixels
     return RealScenes(test, validation, lists, validation_lists, places, training)
+
+
+def as_real(drawn: Scenes, generator: SceneModel) -> Scenes:
+    """Drawn scenes as real ones are known: by their pictures, without the canvas that they were drawn on.
+
+    What real first turns changed is seen against what the canvas makes of their pictures, which takes the light that an
+    object throws on the floor for that of the lamps, and is no noisier than they are. Where objects stand is compared
+    with drawn scenes that are seen in the same way.
+    """
+    return drawn._replace(pictures=_after_empty(drawn.pictures[:, 1:], generator))
+
+
+def _after_empty(pictures: Tensor, generator: SceneModel) -> Tensor:
+    """Pictures after each turn, (S, T, 3, H, W) uint8, after the empty scene that is estimated from the first."""
+    weight = next(generator.parameters())
+    first = from_uint8(pictures[:, 0]).to(weight.device, weight.dtype)
+    empty = to_uint8(generator.canvas.remove_objects(first).float().cpu())
+    return torch.cat((empty[:, None], pictures), 1)

@@ -536,6 +536,21 @@ def test_layouts_of_drawn_and_real_scenes_are_compared(score: Score) -> None:
     assert score(_honest).layout == {}
 
 
+def test_first_turns_are_seen_as_real_ones_are_whatever_they_were_drawn_on(score: Score, packed: Path) -> None:
+    copies = _copies(packed, "test")
+
+    def on_white(g: object, conditions: Sequence[Sequence[str]], seeds: Sequence[int], places: object) -> Turns:
+        turns = copies(g, conditions, seeds, places)
+        turns.images[:, 0] = 1.0
+        return turns
+
+    report = score(on_white, real=True)
+    firsts = {name: report.layout[name].distance for name in report.layout if name.endswith("_first")}
+    assert firsts == dict.fromkeys(("place_first", "area_first", "width_first", "height_first"), 0)
+    knowing = IterativeGenerator(GeneratorConfig(width=1, z_dim=4, condition_dim=4, places=True))
+    assert score(on_white, generator=knowing, real=True).measures["place_error_p95"].drawn == 0
+
+
 def test_asked_places_are_those_of_real_scenes_and_missing_them_costs(score: Score, packed: Path) -> None:
     knowing = IterativeGenerator(GeneratorConfig(width=1, z_dim=4, condition_dim=4, places=True))
     asked: list[Sequence[Sequence[tuple[float, float]]]] = []

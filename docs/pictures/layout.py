@@ -12,7 +12,7 @@ from torch import Tensor
 from condgan import IterativeGenerator
 from condgan.layout import Comparison, Layout, compare_layouts
 from condgan.measures import scene_layout
-from condgan.scenes import SceneDrawer, read_real
+from condgan.scenes import SceneDrawer, as_real, read_real
 
 BINS = {"area": 25, "width": 20, "height": 25, "overlap": 20, "visible": 20, "rotation": 18}
 NAMES = ("drawn", "real, test split", "real, validation split")
@@ -36,7 +36,9 @@ generator = IterativeGenerator.from_pretrained(sys.argv[2] if len(sys.argv) > 2 
 real = read_real(sys.argv[1], generator, generator.vocabulary)
 drawer = SceneDrawer(generator, generator.vocabulary, 1, "picture", 64, True)
 drawn, _ = drawer.draw(real.lists, range(len(real.lists)))
-layouts = [scene_layout(scenes, generator.vocabulary) for scenes in (drawn, real.test, real.validation)]
+layouts = [
+    scene_layout(scenes, generator.vocabulary) for scenes in (as_real(drawn, generator), real.test, real.validation)
+]
 found = compare_layouts(*layouts, rng_seed=0)
 
 figure, axes = plt.subplots(3, 3, figsize=(15, 12), layout="constrained")
