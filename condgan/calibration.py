@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -13,13 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from condgan.classifier import SceneClassifier
 from condgan.correction import ANSWERS, middle_of, products_of
-from condgan.drawing import DrawnTurn, iterate_turns, random_source
+from condgan.drawing import iterate_turns, random_source
 from condgan.functional import ConditionEncoder, evaluating, places_of_turns, roll_conditions
 from condgan.images import from_uint8, to_uint8
 from condgan.models import IterativeGenerator, NoiseEncoder
-from condgan.precision import autocast
 
 FIRST_REACH = 1.0
 """Pixels around the mean place of an object's first turns within which they are corrected: all of i-CLEVR's are."""
@@ -38,13 +35,6 @@ PLACE_EPOCHS = 8
 """How often :func:`fit_places` sees every turn where it is not told."""
 PLACE_LEARNING_RATE = 3e-3
 FIT_BATCH_SIZE = 128
-LEGIBLE_BATCH_SIZE = 48
-"""Scenes that :func:`prefer_legible_codes` draws in each of its steps."""
-LEGIBLE_LEARNING_RATE = 1e-4
-LEGIBLE_WEIGHT = 6.0
-"""Power of the verifier's likelihood: how much more its word counts than what real codes are like."""
-HIDDEN_LOSS = 6.0
-"""A turn does not count for more than this: some objects hide behind others whatever their codes."""
 MAX_GRADIENT_NORM = 10.0
 
 
@@ -205,83 +195,6 @@ def _empty_scenes(generator: IterativeGenerator, first: Tensor, objects: Tensor,
         grain = torch.randn(len(scores), *canvas.mean.shape, generator=rng).to(scores)
         scenes.append(to_uint8(canvas.in_light(scores, grain)).cpu())
     return torch.cat(scenes)
-
-
-def misread(logits: Tensor, objects: Tensor) -> Tensor:
-    """Cross-entropy (N,) in nats of what a classifier sees, logits (N, K), and what is there, (N, K) of 0 and 1.
-
-    At most :data:`HIDDEN_LOSS`.
-    """
-    return F.binary_cross_entropy_with_logits(logits, objects, reduction="none").sum(1).clamp(max=HIDDEN_LOSS)
-
-
-def prefer_legible_codes(
-    generator: IterativeGenerator,
-    verifier: SceneClassifier,
-    objects: Tensor,
-    *,
-    scenes: int,
-    bf16: bool = True,
-    progress: bool = True,
-) -> None:
-    """Have the mapping make codes of which the verifier can tell the object, and else as before.
-
-    Bayes' rule: given that the verifier sees in a picture what was asked and nothing else, which codes are likely? The
-    mapping moves towards this posterior by variational inference, in scenes that the generator draws by itself: it
-    maximises the log-likelihood of what was asked, times 6, less the Kullback-Leibler divergence to what it was
-    before. Nothing else is touched: an object stands and hides where it would, and looks as its code says.
-
-    AdamW, 48 scenes a step. Equal arguments give equal weights; the global random state is left alone.
-
-    Args:
-        generator: its mapping is changed in place.
-        verifier: finds the objects in a picture; never the judge that reports.
-        objects: (S, T, K) multi-hot objects of scenes to draw from.
-        scenes: how many are drawn.
-        bf16: draw and look in bfloat16 where that is fast.
-        progress: show a progress bar on stderr.
-
-    Raises:
-        ValueError: the generator has no mapping, or the verifier knows other objects.
-
-    Source: ours; amortised variational inference as in Kingma and Welling 2014, arXiv:1312.6114.
-    """
-    mapping, places = generator.mapping, generator.place_model
-    if mapping is None:
-        raise ValueError("generator: its configuration has mapping=False, so there is nothing to fit")
-    if verifier.config.objects != generator.config.objects:
-        raise ValueError(f"verifier: it knows {verifier.config.objects}, the generator {generator.config.objects}")
-    device = next(generator.parameters()).device
-    before = copy.deepcopy(mapping).requires_grad_(False)
-
-    def loss(rows: Tensor, rng: torch.Generator) -> Tensor:
-        chosen = objects[rows.to(objects.device)].to(device)
-        losses: list[Tensor] = []
-
-        def draw_turn(turn: int, condition: Tensor, image: Tensor, rest: Tensor, wanted: object) -> DrawnTurn:
-            condition = condition.detach()
-            uniform, z = torch.rand(len(rows), 3, generator=rng), torch.randn(len(rows), generator.z_dim, generator=rng)
-            with torch.no_grad():
-                light = generator.read_light(image)
-                place = None if places is None else places(image, condition, uniform.to(device), light)
-                context = condition, place, light
-            code = mapping(z.to(device), *context)
-            with autocast(device, bf16):
-                drawn = generator.synthesis(code, condition, image, place).float()
-                logits = verifier(drawn).float()
-            seen = misread(logits, chosen[:, : turn + 1].amax(1))
-            divergence = before.loss(code, *context) - mapping.loss(code, *context)
-            losses.append(LEGIBLE_WEIGHT * seen + divergence)
-            return drawn.detach(), place
-
-        sources = [random_source(seed) for seed in torch.randint(2**31, (len(rows),), generator=rng).tolist()]
-        for _ in iterate_turns(generator, chosen, sources, [[]] * len(rows), None, draw_turn):
-            pass
-        return torch.cat(losses)
-
-    steps, rate = math.ceil(scenes / LEGIBLE_BATCH_SIZE), LEGIBLE_LEARNING_RATE
-    with evaluating(generator), evaluating(verifier):
-        _fit(mapping, loss, len(objects), LEGIBLE_BATCH_SIZE, steps, rate, "legible codes", progress)
 
 
 def _mixed(following: Tensor, alone: Tensor, rows: Tensor, share_alone: float, rng: torch.Generator) -> Tensor:

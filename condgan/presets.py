@@ -53,11 +53,8 @@ class TrainConfig:
     """Name, folder or hub id of a discriminator to start from; None starts afresh."""
     init_noise_encoder: str | None = None
     """Name, folder or hub id of a noise encoder to start from; None starts afresh."""
-    verifier: str | None = None
-    """Name, folder or hub id of the classifier that at the end of the run tells which codes show the object well
-    (:func:`condgan.calibration.prefer_legible_codes`), for models with a mapping; None leaves the mapping as it is."""
-    verifier_scenes: int = 28_800
-    """Scenes that are drawn for it."""
+    verifier: str = "verifier"
+    """Name, folder or hub id of the classifier whose word ``legibility_weight`` counts."""
     legibility_weight: float = 0.0
     """Adversarial stage: weight of the verifier's cross-entropy for the objects so far, in what the generator draws."""
     bf16: bool = True
@@ -75,7 +72,7 @@ class TrainConfig:
         parse_seed(self.seed)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {sorted(OBJECTIVES)}, got {self.objective!r}")
-        for name in ("batch_scenes", "penalty_interval", "ema_halflife_images", "verifier_scenes"):
+        for name in ("batch_scenes", "penalty_interval", "ema_halflife_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("images", "reconstruction_images", "reconstruction_weight", "legibility_weight", "decay_images"):
@@ -89,8 +86,6 @@ class TrainConfig:
                 f"reconstruction_weight={self.reconstruction_weight} needs a noise encoder that has learned: "
                 "give reconstruction_images or init_noise_encoder"
             )
-        if self.legibility_weight and self.verifier is None:
-            raise ValueError(f"legibility_weight={self.legibility_weight} needs a verifier: give its name or folder")
         for name in ("image_size", "places", "window", "condition_dim", "objects", "light_inputs"):
             ours, theirs = getattr(self.generator, name), getattr(self.discriminator, name)
             if ours != theirs:
@@ -135,7 +130,6 @@ PRESETS: dict[str, TrainConfig] = {
         decay_images=130_000,
         own_pictures=0.8,
         history_dropout=0.25,
-        verifier="verifier",
         legibility_weight=3.0,
     ),
 }

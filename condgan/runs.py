@@ -224,16 +224,15 @@ def _load_sources(
 
 
 def _verifier(config: TrainConfig, device: torch.device) -> SceneClassifier | None:
-    """The classifier that the run names, before it could turn out at its end not to fit."""
-    if config.verifier is None:
+    """The classifier whose word counts, if one's does."""
+    if not config.legibility_weight:
         return None
     verifier = SceneClassifier.from_pretrained(config.verifier)
     ours, theirs = config.generator.objects, verifier.config.objects
     if theirs != ours:
         raise ValueError(
             f"verifier: {config.verifier!r} knows the objects {theirs}, the configuration names {ours}: name a "
-            f"classifier of these (examples/train_classifier.py trains one), or set verifier to None "
-            "and legibility_weight to 0"
+            f"classifier of these (examples/train_classifier.py trains one), or set legibility_weight to 0"
         )
     return verifier.to(device).eval()
 

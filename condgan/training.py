@@ -20,8 +20,6 @@ from condgan.calibration import (
     correct_first_turns,
     fit_mapping,
     fit_places,
-    misread,
-    prefer_legible_codes,
     read_alone,
     recalibrate,
     with_noise,
@@ -44,6 +42,8 @@ FRAGILE_WEIGHT = 10.0
 show."""
 COLOUR_WEIGHT = 40.0
 """Weight of errors of colour, without brightness and at low resolution, in the reconstruction loss."""
+HIDDEN_LOSS = 6.0
+"""Most that a turn counts for the verifier, in nats: some objects hide behind others whatever they look like."""
 GHOST_DISTANCE = 3
 """What is further than so many pixels from all that the real turn changed, and was changed, is a ghost."""
 
@@ -81,7 +81,7 @@ class Trainer:
         noise_encoder: likewise; None where the configuration has none.
         ranks: the processes that train together; each takes its part of every step's scenes.
         accumulate: parts that pass the networks one after the other, for small memories; their gradients are added up.
-        verifier: the classifier that ``config.verifier`` names; it is not trained.
+        verifier: the classifier that ``config.verifier`` names, where its word counts; it is not trained.
 
     Raises:
         ValueError: a step has too few scenes for so many ranks and parts.
@@ -284,11 +284,13 @@ class Trainer:
         return total / (3 * size**2)
 
     def _misread(self, fake: Tensor, batch: Batch) -> Tensor:
-        """How far the verifier is from seeing the objects so far and no others, (N,), at most :data:`HIDDEN_LOSS`."""
+        """How far the verifier is from seeing the objects so far and no others: (N,), at most :data:`HIDDEN_LOSS`."""
         assert self.verifier is not None
         with self._autocast():
             logits = self.verifier(fake).float()
-        return misread(logits, batch.objects.cummax(1).values.flatten(0, 1))
+        there = batch.objects.cummax(1).values.flatten(0, 1)
+        error = F.binary_cross_entropy_with_logits(logits, there, reduction="none").sum(1)
+        return error.clamp(max=HIDDEN_LOSS)
 
     def _found_code(self, batch: Batch) -> Tensor:
         """The code that the noise encoder sees in the real pictures, (N, z_dim)."""
@@ -450,9 +452,6 @@ class Trainer:
                 generator, scenes.pixels, scenes.objects, scenes.places, history_dropout=dropout, progress=progress
             )
         recalibrate(generator, one_hot)
-        if self.verifier is not None and generator.mapping is not None:
-            drawn, bf16 = self.config.verifier_scenes, self.config.bf16
-            prefer_legible_codes(generator, self.verifier, one_hot, scenes=drawn, bf16=bf16, progress=progress)
         if generator.correction is not None:
             turns = scenes.first_turns
             correct_first_turns(generator, self.noise_encoder, *turns, progress=progress)

@@ -74,7 +74,6 @@ def base_recipe(images: int, width: int) -> TrainConfig:
         images=images,
         reconstruction_images=third,
         decay_images=third,
-        verifier=None,
         legibility_weight=0.0,
     )
 

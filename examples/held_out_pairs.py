@@ -89,7 +89,6 @@ def main() -> None:
         config,
         generator=network,
         images=args.images,
-        verifier=None,  # it knows all pairs
         legibility_weight=0.0,
     )
     generator = train(kept, args.out, config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
@@ -20,11 +19,9 @@ from condgan.calibration import (
     correct_first_turns,
     fit_mapping,
     fit_places,
-    prefer_legible_codes,
     recalibrate,
     with_noise,
 )
-from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.configs import NoiseEncoderConfig
 from condgan.correction import FirstTurnCorrection
 from condgan.datasets import SceneDataset
@@ -372,47 +369,3 @@ def test_a_generator_without_places_is_an_error() -> None:
     pixels, objects = torch.zeros(1, 2, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 1).long()
     with pytest.raises(ValueError, match="places=False"):
         fit_places(lively_generator(REFERENCE), pixels, objects, torch.zeros(1, 1, 2), history_dropout=0.0)
-
-
-class Redness(torch.nn.Module):
-    """A verifier that finds a red cube where the picture is red."""
-
-    config = SceneClassifierConfig(objects=("red cube",))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return 20 * (images[:, :1] - images[:, 1:2]).mean((1, 2, 3))[:, None]
-
-
-def test_the_mapping_makes_codes_that_the_verifier_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "LEGIBLE_LEARNING_RATE", 0.02)
-    monkeypatch.setattr(calibration, "LEGIBLE_BATCH_SIZE", 16)
-    verifier, red_cubes = cast(SceneClassifier, Redness()), [["red cube"]] * 100
-    config = replace(COMPACT, objects=("red cube",))
-
-    def fitted(weight: float) -> IterativeGenerator:
-        monkeypatch.setattr(calibration, "LEGIBLE_WEIGHT", weight)
-        generator = lively_generator(config, seed=1)
-        prefer_legible_codes(generator, verifier, torch.ones(9, 1, 1), scenes=16 * 16, progress=False)
-        return generator
-
-    def legibility(generator: IterativeGenerator) -> float:
-        return verifier(draw_turns(generator, red_cubes, range(100)).images[:, -1]).mean().item()
-
-    state = torch.get_rng_state()
-    before, generator, again = lively_generator(config, seed=1), fitted(40.0), fitted(40.0)
-    assert torch.equal(torch.get_rng_state(), state)
-    gain = legibility(generator) - legibility(before)
-    assert gain > 1
-    assert abs(legibility(fitted(0.0)) - legibility(before)) < 0.02 * gain  # the prior holds it
-    weights, same = before.state_dict(), again.state_dict()
-    for name, value in generator.state_dict().items():
-        assert torch.equal(value, weights[name]) != name.startswith("mapping.")
-        assert torch.equal(value, same[name])
-
-
-def test_a_verifier_of_other_objects_and_a_generator_without_mapping_are_errors() -> None:
-    verifier = cast(SceneClassifier, Redness())
-    with pytest.raises(ValueError, match=r"verifier: it knows \('red cube',\), the generator \('gray cube', "):
-        prefer_legible_codes(lively_generator(COMPACT), verifier, torch.ones(1, 1, 24), scenes=1)
-    with pytest.raises(ValueError, match="mapping=False"):
-        prefer_legible_codes(lively_generator(REFERENCE), verifier, torch.ones(1, 1, 24), scenes=1)

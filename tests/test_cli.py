@@ -713,7 +713,7 @@ def test_a_run_can_take_its_scenes_in_parts(run: Run, asked: list[tuple[Any, ...
 
 def test_train_and_draw(run: Run, packed: Path) -> None:
     small = "generator.width=1 generator.z_dim=2 generator.condition_dim=4 generator.light_components=1 bf16=false "
-    small += "discriminator.width=1 discriminator.condition_dim=4 reconstruction_images=6 verifier_scenes=1"
+    small += "discriminator.width=1 discriminator.condition_dim=4 reconstruction_images=6"
     fields = [argument for field in small.split() for argument in ("--set", field)]
     argv = ("train", "--data", packed, "--out", "run", "--batch-scenes", 2, *fields)
     outcome = run(*argv, "--images", 12)
