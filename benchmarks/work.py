@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.measure import Row, interleaved, median, peak_memory
 from benchmarks.process import LOAD
 from condgan import IterativeGenerator
+from condgan.requests import TooManyObjectsWarning
 from condgan.vocab import ICLEVR_OBJECTS
 
 SCENES = (1, 10, 100, 1000)
@@ -23,7 +24,7 @@ def run(rounds: int, plot: Path | None = None) -> Iterator[Row]:
     generator = IterativeGenerator.from_pretrained()
     seconds: dict[str, dict[int, float]] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # more turns than in training
+        warnings.simplefilter("ignore", TooManyObjectsWarning)
         for what, numbers, repeats in (("scenes", SCENES, max(3, rounds // 3)), ("turns", TURNS, 3 * rounds)):
             cases = {str(n): partial(generator.generate, _request(what, n), seed=0) for n in numbers}
             times = interleaved(cases, repeats)  # turns are short, and a line through four of them shows every hiccup

@@ -292,7 +292,7 @@ class IterativeGenerator(PretrainedModel):
                 ``redraw`` is something else.
 
         Warns:
-            UserWarning: a scene has more objects than those the model was trained on.
+            condgan.requests.TooManyObjectsWarning: a scene has more objects than those the model was trained on.
 
         Example:
             >>> IterativeGenerator(GeneratorConfig(width=4)).generate(["red cube"], num_images=2, seed=7).seeds

@@ -15,7 +15,10 @@ Place = tuple[float, float]
 MAX_SEED = 2**63 - 1
 MAX_PICTURES = 1_000_000
 """Most pictures of one scene that a call draws, and most candidates of one picture."""
-TOO_MANY = "objects are asked, but the model was trained on scenes of at most"
+
+
+class TooManyObjectsWarning(UserWarning):
+    """A scene has more objects than those that the model was trained on."""
 
 
 class AskedModel(Protocol):
@@ -153,8 +156,9 @@ def parse_request(generator: AskedModel, conditions: object, at: object, name: s
     longest = max(len(scene) for scene in scenes)
     if longest > generator.num_turns:
         warnings.warn(
-            f"{longest} {TOO_MANY} {generator.num_turns}: the later ones may come out worse",
-            UserWarning,
+            f"{longest} objects are asked, but the model was trained on scenes of at most {generator.num_turns}: the "
+            "later ones may come out worse",
+            TooManyObjectsWarning,
             stacklevel=4,
         )
     return Request(scenes, places)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from condgan.drawing import Redraw, parse_best_of
 from condgan.files import replacing
 from condgan.models import IterativeGenerator
-from condgan.requests import MAX_SEED, TOO_MANY, Place, parse_request, parse_whole
+from condgan.requests import MAX_SEED, Place, TooManyObjectsWarning, parse_request, parse_whole
 from condgan.results import Drawing
 
 DESCRIPTION = "set.json"
@@ -133,7 +133,7 @@ def draw_set(
         warnings.catch_warnings(),
         tqdm(total=drawn + skipped, initial=skipped, unit="img", desc=str(out), disable=not progress) as bar,
     ):
-        warnings.filterwarnings("ignore", f".*{TOO_MANY}")  # said when the list was checked
+        warnings.simplefilter("ignore", TooManyObjectsWarning)  # said when the list was checked
         pictures = _asked(generator, source, num_images, seed)
         for shard, asked in itertools.groupby(pictures, lambda picture: picture.number // shard_size):
             if shard in left:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from condgan import IterativeGenerator
 from condgan.drawing import draw_turns
-from condgan.requests import MAX_SEED
+from condgan.requests import MAX_SEED, TooManyObjectsWarning
 
 NAN = float("nan")
 
@@ -73,7 +73,7 @@ def test_more_turns_than_trained_warn_where_they_are_asked(
     compact: IterativeGenerator, draw: Callable[..., Any]
 ) -> None:
     scene = ["red cube", "blue sphere", "gray cube", "cyan cube"]
-    with pytest.warns(UserWarning, match="4 objects are asked, but .* trained on scenes of at most 3") as record:
+    with pytest.warns(TooManyObjectsWarning, match="4 objects are asked, but .* on scenes of at most 3") as record:
         draw(compact, scene)
     assert [warning.filename for warning in record] == [__file__]
     with warnings.catch_warnings():
