@@ -15,7 +15,7 @@ from PIL import Image
 from scenes import write_iclevr_layout
 from torch import Tensor
 
-from condgan import IterativeGenerator, cli, evaluation, realism, scenes
+from condgan import IterativeGenerator, cli, drawing, evaluation, realism
 from condgan.datasets import SceneDataset, scene_split
 from condgan.drawing import Best, draw_turns
 from condgan.images import to_uint8
@@ -293,7 +293,7 @@ def test_the_verifiers_choice_may_be_what_is_told_apart(
 ) -> None:
     asked: list[tuple[list[int], int]] = []
 
-    def best(generator: Any, lists: Any, seeds: list[int], best_of: int, *, places: object) -> Best:
+    def best(generator: Any, lists: Any, seeds: list[int], best_of: int, **options: object) -> Best:
         asked.append((seeds, best_of))
         turns = draw_turns(compact, lists, [seed + 1000 for seed in seeds])
         return Best(turns.images, None, seeds, None, [[1] * len(names) for names in lists])
@@ -302,7 +302,7 @@ def test_the_verifiers_choice_may_be_what_is_told_apart(
         raise AssertionError("a single draw, or the other way to redraw")
 
     for name in ("draw_turns", "best_pictures", "best_turns"):
-        monkeypatch.setattr(scenes, name, best if name == f"best_{redraw}s" else never)
+        monkeypatch.setattr(drawing, name, best if name == f"best_{redraw}s" else never)
     report = realism_report(compact, data, first_seed=3, best_of=4, redraw=redraw, progress=False)
     assert {best_of for _, best_of in asked} == {4}
     assert [seed for seeds, _ in asked for seed in seeds] == list(
