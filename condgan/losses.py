@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,16 +189,6 @@ def r2_penalty(fake_logits: Tensor, fake: Tensor) -> Tensor:
     return gradient_penalty(fake_logits, fake)
 
 
-class _ReversedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        return -grad_outputs[0]
-
-
 def reverse_gradient(x: Tensor) -> Tensor:
     """``x``, through which gradients pass with their sign turned: what comes before it maximises the loss.
 
@@ -213,8 +202,7 @@ def reverse_gradient(x: Tensor) -> Tensor:
     Source: Ganin and Lempitsky 2015, arXiv:1409.7495, section 3; for generative adversarial networks Shen et al. 2021,
     arXiv:2103.00430.
     """
-    reversed_: Tensor = _ReversedGradient.apply(x)
-    return reversed_
+    return 2 * x.detach() - x  # exactly x
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def main() -> None:
         config,
         generator=network,
         images=args.images,
-        legibility_weight=0.0,
+        legibility_weight=0.0,  # the verifier knows all pairs
     )
     generator = train(kept, args.out, config)
     judge = SceneClassifier.from_pretrained("judge")

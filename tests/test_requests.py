@@ -73,7 +73,8 @@ def test_more_turns_than_trained_warn_where_they_are_asked(
     compact: IterativeGenerator, draw: Callable[..., Any]
 ) -> None:
     scene = ["red cube", "blue sphere", "gray cube", "cyan cube"]
-    with pytest.warns(TooManyObjectsWarning, match="4 objects are asked, but .* on scenes of at most 3") as record:
+    text = "4 objects are asked, but .* trained on scenes of at most 3"
+    with pytest.warns(TooManyObjectsWarning, match=text) as record:
         draw(compact, scene)
     assert [warning.filename for warning in record] == [__file__]
     with warnings.catch_warnings():

@@ -9,22 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator
-from condgan.presets import TrainConfig
+from condgan import GeneratorConfig, IterativeGenerator
+from condgan.presets import PRESETS, TrainConfig
 
-COMPACT = GeneratorConfig(
-    width=4,
-    z_dim=6,
-    condition_dim=12,
-    output="blend",
-    places=True,
-    window=40,
-    noise_in_norm=True,
-    mapping=True,
-    correction=True,
-    light_components=3,
-    light_inputs=2,
-)
+PRESET = PRESETS["compact"]
+COMPACT = replace(PRESET.generator, width=4, condition_dim=12, light_components=3, light_inputs=2)
 REFERENCE = GeneratorConfig(width=4, z_dim=6, condition_dim=12)
 SCENES = [
     ["red cube"],
@@ -37,9 +26,7 @@ SCENES = [
 ]
 RUN = TrainConfig(
     generator=replace(COMPACT, z_dim=4, condition_dim=8, window=32, light_components=2, light_inputs=2),
-    discriminator=DiscriminatorConfig(
-        width=4, condition_dim=8, places=True, window=32, spectral_norm=False, light_inputs=2
-    ),
+    discriminator=replace(PRESET.discriminator, width=4, condition_dim=8, window=32, light_inputs=2),
     objective="relativistic",
     images=72,
     reconstruction_images=36,
