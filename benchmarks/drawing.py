@@ -16,6 +16,8 @@ from condgan import IterativeGenerator
 SCENE = ["red cube", "blue sphere", "gray cylinder"]
 IN_A_ROW = 5
 """Pictures that the shipped model and its peer draw in each round; the median counts, as for one who draws several."""
+AT_ONCE = 8
+"""Pictures that pass both at once where many are drawn: with 64 at once the peer takes longer for each."""
 
 
 def reference_generator() -> IterativeGenerator:
@@ -78,25 +80,29 @@ def steps(rounds: int) -> Iterator[Row]:
 def shipped(rounds: int) -> Iterator[Row]:
     """The shipped model: latency of a scene of three turns, scenes a second, and the peer."""
     generator = IterativeGenerator.from_pretrained()
-    cases: dict[str, Callable[[], object]] = {
-        f"generate {n}": partial(generator.generate, [SCENE] * n, seed=0) for n in (1, 8, 64)
-    }
-    times = interleaved({"generate 1": cases["generate 1"]}, 10 * rounds)
-    yield Row("drawing", "shipped model, latency of a scene of 3 turns", 1000 * median(times, "generate 1"), "ms")
-    yield Row(
-        "drawing", "shipped model, operations of a scene of 3 turns", dispatched(cases["generate 1"]), "dispatched"
-    )
-    times = interleaved(cases, rounds)
-    for n in (1, 8, 64):
-        yield Row("drawing", f"shipped model, batch {n}", n / median(times, f"generate {n}"), "scenes/s")
+
+    def draws(count: int, batch_size: int | None = None) -> Callable[[], object]:
+        return partial(generator.generate, [SCENE] * count, seed=0, batch_size=batch_size)
+
+    times = interleaved({"one": draws(1)}, 10 * rounds)
+    yield Row("drawing", "shipped model, latency of a scene of 3 turns", 1000 * median(times, "one"), "ms")
+    yield Row("drawing", "shipped model, operations of a scene of 3 turns", dispatched(draws(1)), "dispatched")
+    cases = {f"batch {n}": (n, draws(n)) for n in (1, 8, 64)}
+    cases |= {f"64 scenes, {n} at once": (64, draws(64, n)) for n in (8, 16, 64)}
+    times = interleaved({name: case for name, (_, case) in cases.items()}, rounds)
+    for name, (count, _) in cases.items():
+        yield Row("drawing", f"shipped model, {name}", count / median(times, name), "scenes/s")
     if not peer.is_installed():
         print(peer.MISSING, flush=True)
         return
-    diffuse, parameters = peer.diffusion(sum(p.numel() for p in generator.parameters()))
-    times = interleaved({"peer": diffuse, "ours": cases["generate 1"]}, max(3, rounds // 3), IN_A_ROW)
-    name = f"diffusion of {parameters / 1e6:.1f} M parameters, DDIM {peer.STEPS} steps, one picture"
-    yield Row("drawing", name, 1000 * median(times, "peer"), "ms")
-    yield Row("drawing", "shipped model against it", ratio(times, "peer", "ours"), "times faster")
+    size = sum(p.numel() for p in generator.parameters())
+    for batch_size, in_a_row, what in ((1, IN_A_ROW, "one picture"), (AT_ONCE, 1, f"{AT_ONCE} pictures at once")):
+        diffuse, parameters = peer.diffusion(size, batch_size=batch_size)
+        both = {"peer": diffuse, "ours": draws(batch_size, batch_size)}
+        times = interleaved(both, max(3, rounds // 3), in_a_row)
+        name = f"diffusion of {parameters / 1e6:.1f} M parameters, DDIM {peer.STEPS} steps, {what}"
+        yield Row("drawing", name, 1000 * median(times, "peer") / batch_size, "ms a picture")
+        yield Row("drawing", f"shipped model against it, {what}", ratio(times, "peer", "ours"), "times faster")
 
 
 def run(rounds: int) -> Iterator[Row]:

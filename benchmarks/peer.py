@@ -16,10 +16,12 @@ def is_installed() -> bool:
     return importlib.util.find_spec("diffusers") is not None
 
 
-def diffusion(parameters: int, image_size: int = 64, compiled: bool = False) -> tuple[Callable[[], object], int]:
-    """A case that draws one picture, and the parameters of its network, as near to ``parameters`` as a width allows.
+def diffusion(
+    parameters: int, image_size: int = 64, batch_size: int = 1, compiled: bool = False
+) -> tuple[Callable[[], object], int]:
+    """A case that draws a batch, and the parameters of its network, as near to ``parameters`` as a width allows.
 
-    ``compiled``: the network is, with the first picture.
+    ``compiled``: the network is, with the first batch.
     """
     from diffusers import DDIMScheduler, UNet2DModel
 
@@ -42,7 +44,7 @@ def diffusion(parameters: int, image_size: int = 64, compiled: bool = False) -> 
 
     @torch.no_grad()
     def draw() -> None:
-        x = torch.randn(1, 3, image_size, image_size)
+        x = torch.randn(batch_size, 3, image_size, image_size)
         for t in scheduler.timesteps:
             x = scheduler.step(unet(x, t).sample, t, x).prev_sample
 

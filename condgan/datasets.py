@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from condgan.files import file_sha256
 from condgan.images import from_uint8
 from condgan.vocab import Vocabulary
 
@@ -128,15 +129,6 @@ def read_objects(path: str | Path) -> Vocabulary:
 def packed_path(data_dir: str | Path, image_size: int = 64) -> Path:
     """Where ``condgan prepare DATA_DIR`` writes its packed file by default."""
     return Path(data_dir) / f"condgan-{image_size}.npy"
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class SceneRecord(NamedTuple):

@@ -19,7 +19,7 @@ from condgan.requests import MAX_PICTURES, MAX_SEED, AskedModel, Place, parse_re
 from condgan.results import Drawing, Turn, exact_probability, target_objects
 
 CPU_BATCH, GPU_BATCH = 1, 256
-"""Pictures that pass the network at once on a CPU and on a GPU."""
+"""Pictures that pass the network at once on a CPU and on a GPU, unless told otherwise."""
 CANDIDATE_STRIDE = 2**32
 """Distance between the seeds of the candidates of one picture in best-of-n."""
 GOOD_TURN = 0.9
@@ -82,13 +82,15 @@ def draw_turns(
     *,
     places: Sequence[Sequence[Place | None]] | None = None,
     start: Tensor | None = None,
+    batch_size: int | None = None,
     draw_turn: Callable[[range, int, Tensor, Tensor, Tensor, Sequence[Place | None]], DrawnTurn] | None = None,
 ) -> Turns:
     """Draw one picture for each list of objects and seed.
 
     A picture depends on its own list, seed, places and start only: every random number comes from a generator seeded
-    with the picture's seed. On the CPU pictures pass the network one at a time, since the last bits of a batched
-    convolution depend on the size of the batch. The generator draws in eval mode, whatever mode it is in.
+    with the picture's seed. On the CPU pictures pass the network one at a time unless ``batch_size`` says otherwise,
+    since the last bits of a batched convolution depend on the size of the batch. The generator draws in eval mode,
+    whatever mode it is in.
 
     Args:
         generator: the model.
@@ -96,6 +98,7 @@ def draw_turns(
         seeds: N seeds, 0 to 2**63 - 1.
         places: for each object its centre in pixels (x, y), or None to have it drawn.
         start: (N, 3, H, W) float32 in [-1, 1], pictures to draw on; None draws empty scenes.
+        batch_size: pictures that pass the network at once; None: one on a CPU, 256 on a GPU.
         draw_turn: draws one turn of a part of the pictures, given which ones, the turn's number, conditions (n, D),
             pictures so far (n, 3, H, W), what rounding took from them, and asked places; None draws it once, with the
             random numbers that come next.
@@ -111,7 +114,9 @@ def draw_turns(
     _check_lengths(generator, conditions, seeds, places, start)
     objects = [encode_objects(scene, generator.vocabulary) for scene in conditions]
     turns = max(len(scene) for scene in objects)
-    size = CPU_BATCH if next(generator.parameters()).device.type == "cpu" else GPU_BATCH
+    size = batch_size
+    if size is None:
+        size = CPU_BATCH if next(generator.parameters()).device.type == "cpu" else GPU_BATCH
     images, where = [], []
     with evaluating(generator), steady_weights():
         for low in range(0, len(objects), size):
@@ -249,11 +254,12 @@ def draw(
     at: object = None,
     best_of: int = 1,
     redraw: Redraw = "picture",
+    batch_size: int | None = None,
     start: Tensor | None = None,
 ) -> Drawing:
     """What ``IterativeGenerator.generate`` and ``add`` do; see there."""
     num_images = parse_whole("num_images", num_images, 1, MAX_PICTURES)
-    best_of = parse_best_of(best_of, redraw)
+    best_of, batch_size = parse_best_of(best_of, redraw), parse_batch_size(batch_size)
     first = parse_seed(seed)
     scenes, places = parse_request(generator, conditions, at)
     scenes = [scene for scene in scenes for _ in range(num_images)]
@@ -261,7 +267,7 @@ def draw(
         places = [scene for scene in places for _ in range(num_images)]
     seeds = [(first + n) % (MAX_SEED + 1) for n in range(len(scenes))]
     asked = places or [[None] * len(scene) for scene in scenes]
-    best = draw_best(generator, scenes, seeds, best_of, redraw, places=places, start=start)
+    best = draw_best(generator, scenes, seeds, best_of, redraw, places=places, start=start, batch_size=batch_size)
     again: list[dict[str, object]] | None = None
     if best_of > 1 and redraw == "turn":
         again = [{"at": None if places is None else row, "best_of": best_of, "redraw": redraw} for row in asked]
@@ -281,6 +287,16 @@ def parse_best_of(best_of: object, redraw: object) -> int:
     if redraw not in get_args(Redraw):
         raise ValueError(f"redraw must be 'picture' or 'turn', got {redraw!r}")
     return parse_whole("best_of", best_of, 1, MAX_PICTURES)
+
+
+def parse_batch_size(batch_size: object) -> int | None:
+    """How many pictures pass the network at once, from a user.
+
+    Raises:
+        TypeError: it is neither a whole number nor None.
+        ValueError: it is below 1.
+    """
+    return None if batch_size is None else parse_whole("batch_size", batch_size, 1)
 
 
 def _one_each(start: Tensor | None, scenes: Sequence[object]) -> Tensor | None:
@@ -311,16 +327,19 @@ def draw_best(
     *,
     places: Sequence[Sequence[Place | None]] | None = None,
     start: Tensor | None = None,
+    batch_size: int | None = None,
 ) -> Best:
     """The best of ``best_of`` candidates of each picture, or of each turn: what users get; 1 draws once, unscored.
 
     Arguments as in :func:`draw_turns`, but ``start`` is one picture (3, H, W).
     """
     if best_of == 1:
-        images, put = draw_turns(generator, scenes, seeds, places=places, start=_one_each(start, scenes))
+        images, put = draw_turns(
+            generator, scenes, seeds, places=places, start=_one_each(start, scenes), batch_size=batch_size
+        )
         return Best(images, put, seeds, None, [[1] * len(scene) for scene in scenes])
     choose = best_pictures if redraw == "picture" else best_turns
-    return choose(generator, scenes, seeds, best_of, places=places, start=start)
+    return choose(generator, scenes, seeds, best_of, places=places, start=start, batch_size=batch_size)
 
 
 def best_pictures(
@@ -331,18 +350,22 @@ def best_pictures(
     *,
     places: Sequence[Sequence[Place | None]] | None = None,
     start: Tensor | None = None,
+    batch_size: int | None = None,
 ) -> Best:
     """Draw every picture ``best_of`` times and keep the one that the verifier likes best.
 
     Arguments as in :func:`draw_turns`, but ``start`` is one picture (3, H, W). Candidates have seeds of their own.
     """
-    target, starts = target_objects(scenes, start), _one_each(start, scenes)
-    images, put = draw_turns(generator, scenes, seeds, places=places, start=starts)
+    target = target_objects(scenes, start)
+    draw_all = partial(
+        draw_turns, generator, scenes, places=places, start=_one_each(start, scenes), batch_size=batch_size
+    )
+    images, put = draw_all(seeds)
     scores = exact_probability(images[:, -1], target)
     kept = seeds
     for candidate in range(1, best_of):
         other_seeds = [_candidate_seed(seed, candidate) for seed in seeds]
-        other = draw_turns(generator, scenes, other_seeds, places=places, start=starts)
+        other = draw_all(other_seeds)
         other_scores = exact_probability(other.images[:, -1], target)
         better = other_scores > scores
         scores = torch.where(better, other_scores, scores)
@@ -361,6 +384,7 @@ def best_turns(
     *,
     places: Sequence[Sequence[Place | None]] | None = None,
     start: Tensor | None = None,
+    batch_size: int | None = None,
 ) -> Best:
     """Draw every turn until the verifier finds it good (:data:`GOOD_TURN`), at most ``best_of`` times; keep the best.
 
@@ -402,7 +426,9 @@ def best_turns(
         return drawn, place
 
     starts = _one_each(start, scenes)
-    images, put = draw_turns(generator, scenes, seeds, places=places, start=starts, draw_turn=draw_turn)
+    images, put = draw_turns(
+        generator, scenes, seeds, places=places, start=starts, batch_size=batch_size, draw_turn=draw_turn
+    )
     return Best(images, put, seeds, scores, draws)
 
 

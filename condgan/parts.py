@@ -78,7 +78,7 @@ def look(images: Sequence[Tensor], place: Tensor | None, window: int | None) -> 
         return View([*images], [], [place_map(place, size)], None)
     corners = window_corners(place, size, window)
     inside = corners[:, :, None] + torch.arange(window, device=place.device)  # (N, 2, window) pixels (x, y)
-    x, y = (inside * (2 / (size - 1)) - 1).unbind(1)
+    x, y = (inside.to(place.dtype) * (2 / (size - 1)) - 1).unbind(1)
     coordinates = torch.stack((x[:, None, :].expand(-1, window, -1), y[:, :, None].expand(-1, -1, window)), 1)
     crops = [crop(image, corners, window) for image in images]
     details = [10 * (image - local_mean(image, 3)) for image in crops]

@@ -24,13 +24,13 @@ from condgan.datasets import (
     FORMAT,
     FORMAT_VERSION,
     DatasetError,
-    file_sha256,
     packed_path,
     parse_names,
     read_index,
     read_json,
     read_objects,
 )
+from condgan.files import file_sha256
 from condgan.images import read_pixels, resize
 from condgan.requests import parse_whole
 from condgan.vocab import Vocabulary

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from condgan.drawing import Redraw, parse_best_of
-from condgan.files import replacing
+from condgan.drawing import Redraw, parse_batch_size, parse_best_of
+from condgan.files import file_sha256, replacing
 from condgan.models import IterativeGenerator
 from condgan.requests import MAX_SEED, Place, TooManyObjectsWarning, parse_request, parse_whole
 from condgan.results import Drawing
@@ -73,6 +73,7 @@ def draw_set(
     seed: int = 0,
     best_of: int = 1,
     redraw: Redraw = "picture",
+    batch_size: int | None = None,
     shard_size: int = 1000,
     rank: int = 0,
     count: int = 1,
@@ -98,6 +99,7 @@ def draw_set(
         seed: of the first picture.
         best_of: candidates of each picture, as in :meth:`condgan.IterativeGenerator.generate`.
         redraw: what ``best_of`` is about, likewise.
+        batch_size: pictures that pass the network at once, likewise; those whose seeds do not follow each other do not.
         shard_size: pictures a tar file.
         rank: number of this process, from 0; it draws every ``count``-th tar file.
         count: how many processes draw this set.
@@ -115,15 +117,16 @@ def draw_set(
     source, out = Path(source), Path(out)
     num_images = parse_whole("num_images", num_images, 1, MAX_SET)
     seed, shard_size = parse_whole("seed", seed, 0), parse_whole("shard_size", shard_size, 1)
-    best_of, count = parse_best_of(best_of, redraw), parse_whole("count", count, 1)
-    rank = parse_whole("rank", rank, 0)
+    best_of, batch_size = parse_best_of(best_of, redraw), parse_batch_size(batch_size)
+    rank, count = parse_whole("rank", rank, 0), parse_whole("count", count, 1)
     if rank >= count:
         raise ValueError(f"rank must be below count, which is {count}: processes are numbered from 0, got {rank}")
     total = sum(1 for _ in _asked(generator, source, num_images, seed))
     if total == 0:
         raise ValueError(f'{str(source)!r} has no lines: write one scene a line, such as ["red cube"]')
-    settings = {"num_images": num_images, "seed": seed, "best_of": best_of, "redraw": redraw, "shard_size": shard_size}
-    _claim(out, {"pictures": total, "list": _digest_of_file(source), "model": _digest_of_model(generator), **settings})
+    description = {"pictures": total, "list": file_sha256(source), "model": _digest_of_model(generator)}
+    description |= {"num_images": num_images, "seed": seed, "best_of": best_of, "redraw": redraw}
+    _claim(out, description | {"batch_size": batch_size, "shard_size": shard_size})
     shards = -(-total // shard_size)
     ours = {shard: min(shard_size, total - shard * shard_size) for shard in range(rank, shards, count)}
     left = {shard for shard in ours if not _is_whole(_tar(out, shard))}
@@ -139,7 +142,7 @@ def draw_set(
             if shard in left:
                 with _new_tar(_tar(out, shard)) as tar:
                     while chunk := list(itertools.islice(asked, CHUNK)):
-                        for drawing, those in _drawn(generator, chunk, best_of, redraw):
+                        for drawing, those in _drawn(generator, chunk, best_of, redraw, batch_size):
                             _write(tar, drawing, those)
                         bar.update(len(chunk))
     return SetReport(out, total, shards, drawn, skipped)
@@ -218,7 +221,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _drawn(
-    generator: IterativeGenerator, chunk: list[Asked], best_of: int, redraw: Redraw
+    generator: IterativeGenerator, chunk: list[Asked], best_of: int, redraw: Redraw, batch_size: int | None
 ) -> Iterator[tuple[Drawing, list[Asked]]]:
     """Draw the pictures, those together whose seeds follow each other."""
     for _, group in itertools.groupby(chunk, lambda picture: picture.seed - picture.number):
@@ -227,7 +230,9 @@ def _drawn(
         if any(picture.places is not None for picture in asked):
             at = [picture.places for picture in asked]
         scenes = [picture.scene for picture in asked]
-        yield generator.generate(scenes, seed=asked[0].seed, at=at, best_of=best_of, redraw=redraw), asked
+        seed = asked[0].seed
+        drawing = generator.generate(scenes, seed=seed, at=at, best_of=best_of, redraw=redraw, batch_size=batch_size)
+        yield drawing, asked
 
 
 def _write(tar: tarfile.TarFile, drawing: Drawing, asked: list[Asked]) -> None:
@@ -304,14 +309,6 @@ def _claim(out: Path, description: dict[str, object]) -> None:
     if differing:
         changes = ", ".join(f"{name} was {found[name]!r} and is {description[name]!r}" for name in differing)
         raise ValueError(f"out: {str(out)!r} holds another set: {changes}; choose another folder")
-
-
-def _digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**16):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _digest_of_model(generator: IterativeGenerator) -> str:

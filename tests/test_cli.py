@@ -174,6 +174,7 @@ def test_version(run: Run) -> None:
         ("generate 'red cube' --grid --turns", "not allowed with argument"),
         ("generate 'red cube' --from list.jsonl --out set", "--from: the list says what to draw"),
         ("generate --from list.jsonl --out set --at none", "--at: not allowed with argument --from"),
+        ("generate 'red cube' --batch-size 0", "--batch-size: '0' is not a whole number of at least 1"),
         ("generate 'red cube' --shard-size 5", "--shard-size: needs --from, whose tar files it is about"),
         ("generate --from list.jsonl --out set --verify", "--verify: not allowed with argument --from"),
         ("generate --from list.jsonl", "--from: needs --out, the folder of the set"),
@@ -477,6 +478,21 @@ def test_a_list_is_drawn_by_any_number_of_processes(run: Run, monkeypatch: pytes
         assert run(*argv, "shared").out == text
     for name in ("00000.tar", "00001.tar", "set.json"):
         assert Path("alone", name).read_bytes() == Path("shared", name).read_bytes()
+
+
+def test_pictures_pass_in_batches_where_that_is_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, forward = [], IterativeGenerator.forward
+
+    def watch(self: IterativeGenerator, z: torch.Tensor, *args: Any) -> torch.Tensor:
+        together.append(len(z))
+        return forward(self, z, *args)
+
+    monkeypatch.setattr(IterativeGenerator, "forward", watch)
+    run("generate", "red cube", "--num", 3, "--batch-size", 2)
+    assert together == [2, 1]
+    Path("list.jsonl").write_text('{"conditions": ["red cube"], "num_images": 3}\n')
+    run("generate", "--from", "list.jsonl", "--out", "set", "--batch-size", 3)
+    assert together == [2, 1, 3]
 
 
 def test_a_list_with_a_wrong_line_is_one_line_of_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import SCENES, assert_drawn_alike, differ, gradient_picture
 from torch import Tensor
 
-from condgan import IterativeGenerator, drawing
+from condgan import IterativeGenerator
 from condgan.drawing import draw_turns
 from condgan.functional import encode_objects, roll_conditions, rollout
 from condgan.images import from_uint8, load_image, to_pil, to_uint8
@@ -135,10 +135,11 @@ def test_the_state_of_torch_makes_no_difference(compact: IterativeGenerator) -> 
         assert torch.equal(compact.generate("red cube", seed=1).tensor, first)
 
 
-def test_the_default_dtype_makes_no_difference(generator: IterativeGenerator) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_default_dtype_makes_no_difference(generator: IterativeGenerator, dtype: torch.dtype) -> None:
     first = generator.generate(SCENES[2], seed=1).tensor
     empty = generator.canvas.remove_objects(first)
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
         fresh = IterativeGenerator(generator.config).float().eval()  # has drawn nothing yet
         fresh.load_state_dict(generator.state_dict())
@@ -323,19 +324,39 @@ def test_short_scenes_repeat_their_last_picture(compact: IterativeGenerator) -> 
     assert turns.places.isnan().all(2).tolist() == [[False, True, True], [False, False, True], [False, False, False]]
 
 
-def test_a_batch_on_a_gpu_is_what_comes_one_by_one(
-    compact: IterativeGenerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Drawn as on a GPU, many at once, of different lengths, with some places asked."""
+def test_a_batch_at_once_is_what_comes_one_by_one(compact: IterativeGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many at once, of different lengths, with some places asked; so it is drawn on a GPU too."""
     places: Any = [[None] * len(scene) for scene in SCENES]
     places[1] = [None, (20, 30)]
     places[4] = [(50, 10)]
-    seeds = list(range(7))
-    wanted = draw_turns(compact, SCENES, seeds, places=places)
-    monkeypatch.setattr(drawing, "CPU_BATCH", 4)
-    batched = draw_turns(compact, SCENES, seeds, places=places)
-    assert_drawn_alike(batched.images, wanted.images)
-    torch.testing.assert_close(batched.places, wanted.places, rtol=0, atol=1e-3, equal_nan=True)
+    wanted = compact.generate(SCENES, seed=0, at=places)
+    together, forward = [], IterativeGenerator.forward
+
+    def watch(self: IterativeGenerator, z: Tensor, *args: Any) -> Tensor:
+        together.append(len(z))
+        return forward(self, z, *args)
+
+    monkeypatch.setattr(IterativeGenerator, "forward", watch)
+    batched = compact.generate(SCENES, seed=0, at=places, batch_size=4)
+    assert together == [4] * 3 + [3] * 2  # the last three have no more than two objects
+    assert_drawn_alike(batched.trajectory, wanted.trajectory)
+    assert batched.places is not None and wanted.places is not None
+    for ours, theirs in zip(batched.places, wanted.places, strict=True):
+        assert np.array(ours) == pytest.approx(np.array(theirs), rel=0, abs=1e-3)
+
+
+def test_candidates_of_a_batch_at_once_are_those_that_come_one_by_one(compact: IterativeGenerator) -> None:
+    wanted = compact.generate(SCENES, seed=8, best_of=3)
+    batched = compact.generate(SCENES, seed=8, best_of=3, batch_size=3)
+    assert batched.seeds == wanted.seeds
+    assert_drawn_alike(batched.trajectory, wanted.trajectory)
+    assert batched.scores == pytest.approx(wanted.scores, rel=1e-2)
+
+
+@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (-1, ValueError), ("4", TypeError), (2.0, TypeError)])
+def test_a_batch_is_a_whole_number_of_pictures(size: Any, error: type[Exception], compact: IterativeGenerator) -> None:
+    with pytest.raises(error, match="batch_size must be"):
+        compact.generate(["red cube"], batch_size=size)
 
 
 def test_noise_does_not_depend_on_the_start(compact: IterativeGenerator, monkeypatch: pytest.MonkeyPatch) -> None:

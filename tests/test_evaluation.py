@@ -117,7 +117,7 @@ def oracle() -> _Oracle:
 @pytest.fixture
 def drawer(monkeypatch: pytest.MonkeyPatch) -> Callable[[DrawTurns], None]:
     def replace(draw_turns: DrawTurns) -> None:
-        def drawn(*arguments: object, places: object, start: None) -> Turns:
+        def drawn(*arguments: object, places: object, start: None, batch_size: None) -> Turns:
             return draw_turns(*arguments, places=places)
 
         monkeypatch.setattr(drawing, "draw_turns", drawn)

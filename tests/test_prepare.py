@@ -17,7 +17,8 @@ from PIL import Image
 from scenes import write_iclevr_layout
 
 import condgan.prepare
-from condgan.datasets import DatasetError, SceneDataset, file_sha256, packed_path
+from condgan.datasets import DatasetError, SceneDataset, packed_path
+from condgan.files import file_sha256
 from condgan.prepare import prepare, read_layout, read_picture
 from condgan.vocab import ICLEVR_OBJECTS
 

@@ -412,13 +412,12 @@ def test_redrawn_turns_are_the_same_alone_in_a_batch_and_from_a_file(
     assert max(n for draws in batch.draws or [] for n in draws) > 1
 
 
-def test_redrawn_turns_of_a_batch_on_a_gpu_are_those_that_come_one_by_one(
+def test_redrawn_turns_of_a_batch_at_once_are_those_that_come_one_by_one(
     compact: IterativeGenerator, verifier: StubVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find_half_of_the_turns_good(monkeypatch, compact, SCENES, 61)
     wanted = compact.generate(SCENES, seed=61, best_of=3, redraw="turn")
-    monkeypatch.setattr(drawing, "CPU_BATCH", 4)
-    batched = compact.generate(SCENES, seed=61, best_of=3, redraw="turn")
+    batched = compact.generate(SCENES, seed=61, best_of=3, redraw="turn", batch_size=4)
     assert_drawn_alike(batched.trajectory, wanted.trajectory)
     assert batched.draws == wanted.draws
     assert batched.scores == pytest.approx(wanted.scores, rel=1e-2)

@@ -183,6 +183,7 @@ def test_a_folder_of_another_set_is_refused(compact: IterativeGenerator, whole: 
     [
         ({"best_of": 0}, ValueError, "best_of must be between 1"),
         ({"redraw": "scene"}, ValueError, "redraw must be 'picture' or 'turn', got 'scene'"),
+        ({"batch_size": 0}, ValueError, "batch_size must be between 1"),
         ({"count": 0}, ValueError, "count must be between 1"),
         ({"rank": 2, "count": 2}, ValueError, "rank must be below count, which is 2"),
         ({"rank": -1}, ValueError, "rank must be between 0"),
@@ -253,6 +254,18 @@ def test_scores_of_best_of_are_kept(compact: IterativeGenerator, tmp_path: Path)
     assert drawing.scores is not None
     assert known["score"] == drawing.scores[0]
     assert known["seed"] == drawing.seeds[0]
+
+
+def test_a_set_is_drawn_in_batches(compact: IterativeGenerator, tmp_path: Path) -> None:
+    source = write_list(tmp_path, ['["red cube"]', '["gray cube", "blue sphere"]', '["cyan cylinder"]'])
+    draw_set(compact, source, tmp_path / "out", batch_size=3, progress=False)
+    scenes = [["red cube"], ["gray cube", "blue sphere"], ["cyan cylinder"]]
+    drawing = compact.generate(scenes, seed=0, batch_size=3)
+    pictures = [content for name, content in contents(tmp_path / "out") if name.endswith("png")]
+    for content, image in zip(pictures, drawing.images, strict=True):
+        assert Image.open(io.BytesIO(content)).tobytes() == image.tobytes()
+    with pytest.raises(ValueError, match="holds another set: batch_size was 3 and is None; choose another folder"):
+        draw_set(compact, source, tmp_path / "out", progress=False)
 
 
 def test_memory_does_not_grow_with_the_list(
