@@ -48,6 +48,9 @@ class GeneratorConfig:
     light_inputs: int = added_later(0)
     """Numbers that tell the norm layers and the mapping how the scene is lit (:class:`condgan.light.SceneLight`); 0: a
     turn knows the light of its window only."""
+    words: bool = added_later(False)
+    """Whether the RNN knows an object by the words of its name, "red" and "cube", and not as one of a list: then what
+    it learns of red things and of cubes tells it what a red cube is, also one that it has never met."""
 
     def __post_init__(self) -> None:
         _check_image_size(self.image_size)

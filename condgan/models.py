@@ -87,7 +87,8 @@ class IterativeGenerator(PretrainedModel):
         super().__init__()
         self.config = config = config or GeneratorConfig()
         self.vocabulary = Vocabulary(config.objects)
-        self.encoder = ConditionRNN(len(self.vocabulary), config.condition_dim)
+        spelling = self.vocabulary.spelling() if config.words else None
+        self.encoder = ConditionRNN(len(self.vocabulary), config.condition_dim, spelling)
         size = config.window or config.image_size
         self.coarsest = coarsest(size)
         num_blocks = int(log2(size // self.coarsest))

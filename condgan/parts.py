@@ -90,6 +90,12 @@ class ConditionRNN(nn.Module):
 
     Embedding of the turn's objects (their sum, so their order does not matter), GRU cell, layer norm on the output.
 
+    Args:
+        num_objects: size K of the vocabulary.
+        condition_dim: length D of state and output.
+        spelling: (K, W), how often each object's name has each of W words; then an object's embedding is the sum of
+            those of its words. None: each object has one of its own.
+
     Shape:
         objects: (N, K) multi-hot.
         hidden: (N, D), or None at the start.
@@ -104,10 +110,13 @@ class ConditionRNN(nn.Module):
         (torch.Size([2, 256]), torch.Size([2, 256]))
     """
 
-    def __init__(self, num_objects: int, condition_dim: int) -> None:
+    spelling: Tensor | None
+
+    def __init__(self, num_objects: int, condition_dim: int, spelling: Tensor | None = None) -> None:
         super().__init__()
         self.num_objects = num_objects
-        self.embedding = nn.Embedding(num_objects, condition_dim)
+        self.embedding = nn.Embedding(num_objects if spelling is None else spelling.shape[1], condition_dim)
+        self.register_buffer("spelling", spelling)
         self.gru = nn.GRUCell(condition_dim, condition_dim)
         self.norm = nn.LayerNorm(condition_dim)
 
@@ -116,7 +125,9 @@ class ConditionRNN(nn.Module):
             raise ValueError(f"objects must be (N, {self.num_objects}), got {tuple(objects.shape)}")
         if hidden is not None:
             check_shape("hidden", hidden, len(objects), self.gru.hidden_size)
-        hidden = self.gru(objects.to(self.embedding.weight.dtype) @ self.embedding.weight, hidden)
+        objects = objects.to(self.embedding.weight.dtype)
+        known = objects if self.spelling is None else objects @ self.spelling
+        hidden = self.gru(known @ self.embedding.weight, hidden)
         return self.norm(hidden), hidden
 
 

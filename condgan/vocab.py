@@ -45,6 +45,16 @@ class Vocabulary:
         """The shape of each object: the last word of its name."""
         return tuple(name.split()[-1] for name in self.names)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All words of the names, each once, in the order in which they first come."""
+        return tuple(dict.fromkeys(word for name in self.names for word in name.split()))
+
+    def spelling(self) -> Tensor:
+        """Which of the W :attr:`words` each of the K names has, (K, W) float32 of 0 and 1."""
+        spelled = [name.split() for name in self.names]
+        return torch.tensor([[float(word in name) for word in self.words] for name in spelled], dtype=torch.float32)
+
     def __len__(self) -> int:
         return len(self.names)
 

@@ -277,15 +277,17 @@ def test_beyond_reports_every_experiment(
     )
 
 
+@pytest.mark.parametrize("words", [False, True])
 def test_held_out_pairs_are_not_trained_on_but_asked_for(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(training, "recalibrate", lambda generator, objects: None)  # it takes longer than the rest
     compact = presets.PRESETS["compact"]
     few = dataclasses.replace(compact.generator, light_components=2)  # there are only 18 scenes
     monkeypatch.setitem(presets.PRESETS, "compact", dataclasses.replace(compact, generator=few))
     arguments = ("--data", data, "--images", 15, "--width", 4, "--draws", 1, "--out", tmp_path / "run")
-    run(monkeypatch, "held_out_pairs.py", *arguments, "--hold-out", "red cube", "blue sphere")
+    options = ("--hold-out", "red cube", "blue sphere", *(["--words"] if words else []))
+    run(monkeypatch, "held_out_pairs.py", *arguments, *options)
     report = json.loads(capsys.readouterr().out)
     scenes = SceneDataset(data, "train")
     assert 0 < report["scenes"] == len(scenes.without(["red cube", "blue sphere"])) < len(scenes)
@@ -294,7 +296,8 @@ def test_held_out_pairs_are_not_trained_on_but_asked_for(
         for measure in ("found", "right_colour", "right_shape", "found_as_third"):
             low, high = report[group][f"{measure}_ci95"]
             assert 0 <= low <= report[group][measure] <= high <= 1
-    assert IterativeGenerator.from_pretrained(tmp_path / "run" / "model").config.width == 4
+    config = IterativeGenerator.from_pretrained(tmp_path / "run" / "model").config
+    assert (config.width, config.words) == (4, words)
 
 
 def test_ablations_does_not_show_what_was_measured_with_other_settings(tmp_path: Path) -> None:

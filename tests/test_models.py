@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from reference import randomise
+from tiny import COMPACT, lively_generator
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -23,6 +26,7 @@ from condgan.functional import encode_objects, window_corners
 from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.parts import ConditionRNN, NoiseMapping, PlaceModel, PreviousImageEncoder
+from condgan.vocab import Vocabulary
 
 GENERATORS = [
     GeneratorConfig(width=4),
@@ -395,6 +399,62 @@ def test_the_order_of_the_objects_in_a_turn_does_not_matter_and_that_of_turns_do
     torch.testing.assert_close(hidden[0], last, atol=1e-12, rtol=0)
     first, second = encode_objects(["red cube"]), encode_objects(["cyan sphere"])
     assert not torch.allclose(rnn(first, rnn(second)[1])[0], rnn(second, rnn(first)[1])[0])
+
+
+def test_with_words_an_object_is_the_sum_of_the_words_of_its_name() -> None:
+    spelling = Vocabulary().spelling()
+    rnn = randomise(ConditionRNN(24, 8, spelling)).double()
+    assert rnn.embedding.weight.shape == (11, 8)
+    plain = ConditionRNN(24, 8).double()
+    plain.load_state_dict(
+        {k: v for k, v in rnn.state_dict().items() if k not in ("spelling", "embedding.weight")}, strict=False
+    )
+    with torch.no_grad():
+        plain.embedding.weight.copy_(spelling.double() @ rnn.embedding.weight)
+    turns = [{1, 14}, {5}, {23}]
+    expected, last = reference.condition_rnn(plain, turns)
+    hidden = None
+    for turn, condition in zip(turns, expected, strict=True):
+        objects = torch.zeros(1, 24)
+        objects[0, [*turn]] = 1
+        given, hidden = rnn(objects, hidden)
+        torch.testing.assert_close(given[0], condition, atol=1e-12, rtol=0)
+    assert hidden is not None
+    torch.testing.assert_close(hidden[0], last, atol=1e-12, rtol=0)
+
+
+def test_with_words_a_pair_is_told_from_what_was_learned_of_others() -> None:
+    """The RNN learns to say colour and shape of 20 of the 24 objects, and says them of the others."""
+    vocabulary = Vocabulary()
+    colour, shape = torch.arange(24) % 8, torch.arange(24) // 8
+    unseen = [vocabulary.parse(name) for name in ("red cube", "blue sphere", "green cylinder", "yellow cube")]
+    seen = [i for i in range(24) if i not in unseen]
+    right = {}
+    for words in (True, False):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            rnn = ConditionRNN(24, 32, vocabulary.spelling() if words else None)
+            head = nn.Linear(32, 11)
+        optimizer = torch.optim.Adam([*rnn.parameters(), *head.parameters()], 3e-3)
+        for _ in range(150):
+            said = head(rnn(torch.eye(24)[seen])[0])
+            loss = F.cross_entropy(said[:, :8], colour[seen]) + F.cross_entropy(said[:, 8:], shape[seen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        said = head(rnn(torch.eye(24)[unseen])[0])
+        both = (said[:, :8].argmax(1) == colour[unseen]) & (said[:, 8:].argmax(1) == shape[unseen])
+        right[words] = int(both.sum())
+    assert right == {True: 4, False: 0}
+
+
+def test_a_generator_with_words_is_stored_with_them(tmp_path: Path) -> None:
+    generator = lively_generator(replace(COMPACT, words=True))
+    assert generator.encoder.embedding.weight.shape == (11, COMPACT.condition_dim)
+    loaded = IterativeGenerator.from_pretrained(generator.save_pretrained(tmp_path))
+    assert loaded.config.words
+    scene = ["red cube", "blue sphere"]
+    assert torch.equal(loaded.generate(scene, seed=1).tensor, generator.generate(scene, seed=1).tensor)
 
 
 def test_the_condition_is_normalised_and_the_hidden_state_goes_on_without() -> None:

@@ -99,3 +99,12 @@ def test_names_are_a_sequence_of_strings(names: object) -> None:
 
 def test_repr_says_how_many_and_which() -> None:
     assert repr(Vocabulary()) == "Vocabulary(24 objects: gray cube, ..., yellow cylinder)"
+
+
+def test_a_name_is_spelled_in_words() -> None:
+    vocabulary = Vocabulary(["red cube", "blue cube", "red ball", "dot"])
+    assert vocabulary.words == ("red", "cube", "blue", "ball", "dot")
+    expected = [[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [1, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    assert vocabulary.spelling().tolist() == expected
+    assert len(Vocabulary().words) == 11
+    assert (Vocabulary().spelling().sum(1) == 2).all()
