@@ -26,8 +26,10 @@ NUMBER_RIDGE, PRODUCT_RIDGE = 0.01, 0.1
 """The same for the answers that objects share, to numbers and to products of two of them."""
 FOUND_NOISE_STD = 0.15
 """Standard deviation of what is added to the code that the noise encoder finds: it must leave room around each."""
+LIGHT_NOISE_STD = 0.3
+"""The same for the light of later turns, whose numbers have a variance of 1: without it they would name the scene."""
 BATCH_SIZE = 32
-MAPPING_EPOCHS = 32
+MAPPING_EPOCHS = 64
 """How often :func:`fit_mapping` sees every turn."""
 MAPPING_LEARNING_RATE = 2e-3
 """The highest, of AdamW; one cycle over all steps."""
@@ -61,6 +63,8 @@ class CodedTurns(NamedTuple):
     """(N, 2) pixels, for models that know places."""
     light: Tensor | None
     """(N, light_inputs), for models that know the light."""
+    objects: Tensor
+    """(S, T) ids of what was added."""
 
 
 @torch.no_grad()
@@ -90,7 +94,26 @@ def code_turns(
                 light.append(generator.light(before))
     flat = None if where is None else where.flatten(0, 1)
     lights = torch.cat(light) if light else None
-    return CodedTurns(torch.cat(codes), conditions, alone, flat, lights)
+    return CodedTurns(torch.cat(codes), conditions, alone, flat, lights, objects)
+
+
+class _Alike:
+    """Of N = S x T turns with objects (S, T), those that add the same object as the same turn of their scenes."""
+
+    def __init__(self, objects: Tensor) -> None:
+        turns = torch.arange(objects.shape[1])
+        kinds = (objects.cpu() * len(turns) + turns).flatten()
+        sizes = kinds.bincount()
+        self.later = (turns > 0).repeat(len(objects))
+        self.order = kinds.argsort()
+        self.first, self.size = (sizes.cumsum(0) - sizes)[kinds], sizes[kinds]  # of each turn's kind in this order
+
+    def other_history(self, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """For each of these turns (n,) one that is alike, of any scene, of a first turn itself; which are later."""
+        ours = rows.cpu()
+        number = (torch.rand(len(ours), generator=rng, dtype=torch.float64) * self.size[ours]).long()
+        other = self.order[self.first[ours] + number].where(self.later[ours], ours)
+        return other.to(rows.device), self.later[ours].to(rows.device)
 
 
 @torch.no_grad()
@@ -111,7 +134,11 @@ def fit_mapping(
 ) -> None:
     """Teach the mapping the codes of a finished noise encoder, which moved while both were trained together.
 
-    AdamW in batches of 128 for 32 epochs, from the weights that the mapping has. Equal arguments give equal weights;
+    Codes of later turns depend on the object, its place and the light. So that the mapping cannot learn by heart which
+    code came in which scene, they are seen with the history of another scene whose same turn adds the same object, and
+    with noise on the light.
+
+    AdamW in batches of 128 for 64 epochs, from the weights that the mapping has. Equal arguments give equal weights;
     the global random state is left alone.
 
     Args:
@@ -127,12 +154,17 @@ def fit_mapping(
     mapping = generator.mapping
     if mapping is None:
         raise ValueError("generator: its configuration has mapping=False, so there is nothing to fit")
+    alike = _Alike(turns.objects)
 
     def loss(rows: Tensor, rng: torch.Generator) -> Tensor:
         around = torch.randn(len(rows), turns.codes.shape[1], generator=rng).to(rows.device)
-        condition = _mixed(turns.conditions, turns.conditions_alone, rows, history_dropout, rng)
+        others, later = alike.other_history(rows, rng)
+        condition = _mixed(turns.conditions, turns.conditions_alone, others, history_dropout, rng)
         code = with_noise(turns.codes[rows], around, noise)
         place, light = (None if x is None else x[rows] for x in (turns.places, turns.light))
+        if light is not None:
+            light_noise = torch.randn(light.shape, generator=rng).to(light)
+            light = light + LIGHT_NOISE_STD * later[:, None] * light_noise
         return mapping.loss(code, condition, place, light)
 
     steps = MAPPING_EPOCHS * math.ceil(len(turns.codes) / FIT_BATCH_SIZE)
@@ -153,8 +185,12 @@ def fit_places(
 
     First turns start from empty scenes that the generator draws, each in the light of the real one, not from the real
     ones: what is left of an object where it was taken out of a real picture would give its place away, and so would
-    its tint (:meth:`condgan.canvas.Canvas.scene_light`). AdamW in batches of 128, from the weights that the place model
-    has. Equal arguments give equal weights; the global random state is left alone.
+    its tint (:meth:`condgan.canvas.Canvas.scene_light`). A later object may stand wherever there is room. So that the
+    model cannot learn by heart where it stood in which scene, later turns are seen mirrored or not, with their colours
+    in any order, and with the light and the history of another scene whose same turn adds the same object.
+
+    AdamW in batches of 128, from the weights that the place model has. Equal arguments give equal weights; the global
+    random state is left alone.
 
     Args:
         generator: its place model is changed in place.
@@ -174,16 +210,31 @@ def fit_places(
     conditions, alone = _read_both_ways(generator, objects)
     empty = _empty_scenes(generator, pixels[:, 1], objects[:, 0], torch.Generator().manual_seed(0))
     before = torch.cat((empty[:, None], pixels[:, 1:-1]), 1).flatten(0, 1)
-    where = places.flatten(0, 1)
+    device = conditions.device
+    light = None
+    if generator.light is not None:
+        light = torch.cat([generator.light(from_uint8(chunk.to(device))) for chunk in before.split(FIT_BATCH_SIZE)])
+    where, alike = places.flatten(0, 1), _Alike(objects)
 
     def loss(rows: Tensor, rng: torch.Generator) -> Tensor:
-        image, place = from_uint8(before[rows.to(before.device)]), where[rows.to(where.device)]
-        condition = _mixed(conditions, alone, rows, history_dropout, rng)
-        image = image.to(rows.device)
-        return model.loss(image, condition, place.to(rows.device), generator.read_light(image))
+        others, later = alike.other_history(rows, rng)
+        condition = _mixed(conditions, alone, others, history_dropout, rng)
+        rows = rows.cpu()
+        image, place = _seen_anew(from_uint8(before[rows]), where[rows], later.cpu(), rng)
+        return model.loss(image.to(device), condition, place.to(device), None if light is None else light[others])
 
     steps = (PLACE_EPOCHS if epochs is None else epochs) * math.ceil(len(before) / FIT_BATCH_SIZE)
     _fit(model, loss, len(before), FIT_BATCH_SIZE, steps, PLACE_LEARNING_RATE, "places", progress)
+
+
+def _seen_anew(images: Tensor, places: Tensor, chosen: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Some of N pictures, ``chosen`` (N,) bool, mirrored or not and with colours in any order; and their places."""
+    mirrored = chosen & (torch.rand(len(images), generator=rng) < 0.5)
+    colours = torch.rand(len(images), 3, generator=rng).argsort(1).where(chosen[:, None], torch.arange(3))
+    images = images.flip(3).where(mirrored[:, None, None, None], images)
+    images = images.gather(1, colours[:, :, None, None].expand_as(images))
+    x, y = places.unbind(1)
+    return images, torch.stack((torch.where(mirrored, images.shape[3] - 1 - x, x), y), 1)
 
 
 @torch.no_grad()

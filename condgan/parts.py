@@ -21,6 +21,8 @@ LEAST_LIKELY = 1e-4
 """A cell that is less likely than the likeliest one times this is never drawn."""
 LEAST_SCALE = 0.001
 """Of a point's distribution in a cell, whose side is 1."""
+FRESH_PEAKS = (-1.0, 0.0, 1.0)
+"""Where the peaks of a cell are in a fresh place model, before the sigmoid: apart, or they would all learn the same."""
 
 
 def widths_of(count: int, width: int) -> list[int]:
@@ -153,19 +155,59 @@ class PreviousImageEncoder(nn.Module):
         return features
 
 
+class Points(NamedTuple):
+    """How the point in a cell is distributed: a mixture of M peaks, in each x and y are logistic and end at 0 and 1.
+
+    Of one cell of each of N pictures, (N, M), or of all their cells, (N, M, h, w).
+    """
+
+    share: Tensor
+    """(N, M, ...): the logarithm of each peak's share."""
+    peak: Tensor
+    """(N, M, 2, ...): where it is, (x, y)."""
+    scale: Tensor
+    """(N, M, 2, ...): how wide it is."""
+
+    @classmethod
+    def of(cls, in_cell: Tensor) -> Points:
+        """What the network says of cells, (N, 5 M, ...)."""
+        share, peak, scale = in_cell.unflatten(1, (len(FRESH_PEAKS), 5)).split((1, 2, 2), 2)
+        return cls(share[:, :, 0].log_softmax(1), peak.sigmoid(), F.softplus(scale) + LEAST_SCALE)
+
+    def log_prob(self, point: Tensor) -> Tensor:
+        """Log-density (N,) in nats of points (N, 2), of N cells."""
+        steps = (point[:, None] - self.peak) / self.scale
+        low, high = _edges(self.peak, self.scale)
+        density = F.logsigmoid(steps) + F.logsigmoid(-steps) - (self.scale * (high - low)).log()  # (N, M, 2)
+        return (self.share + density.sum(2)).logsumexp(1)
+
+    def draw(self, which: Tensor, uniform: Tensor) -> Tensor:
+        """Points (N, 2) of N cells; random numbers ``which`` (N, 1) choose the peaks, ``uniform`` (N, 2) x and y."""
+        chosen = (which >= self.share.exp().cumsum(1)[:, :-1]).sum(1)
+        row = torch.arange(len(chosen), device=chosen.device)
+        peak, scale = self.peak[row, chosen], self.scale[row, chosen]
+        steps = torch.lerp(*_edges(peak, scale), uniform).logit()  # the inverse of the distribution function
+        return torch.addcmul(peak, scale, steps).clamp(0, 1)
+
+
+def _edges(peak: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logistic distributions that peak between 0 and 1, the distribution functions there."""
+    return (-peak / scale).sigmoid(), ((1 - peak) / scale).sigmoid()
+
+
 class PlaceModel(nn.Module):
     """Where a new object may stand: a mixture over cells of 2x2 pixels, given the picture and the condition.
 
-    Every cell has a probability, and x and y in the cell have logistic distributions that end at its edges, from an all
-    but uniform one (a fresh model) to a narrow peak: in i-CLEVR a first object's place is known to a tenth of a pixel,
-    a later one's hardly at all.
+    Every cell has a probability, and x and y in the cell have a mixture of logistic distributions that end at its
+    edges, from all but uniform ones (a fresh model) to narrow peaks: in i-CLEVR a first object's place is known to a
+    tenth of a pixel, a later one's hardly at all.
 
     Cells that are hardly ever drawn are never drawn (Nguyen et al. 2025, "Min-p sampling", arXiv:2407.01082).
 
     Shape:
         image: (N, 3, H, W) in [-1, 1].
         condition: (N, D).
-        uniform: (N, 3) in [0, 1): random numbers, one for the cell, two for the point in it.
+        uniform: (N, 3) in [0, 1): random numbers, one for the cell and the peak in it, two for the point around that.
         light: (N, light_inputs), how the picture is lit; None is the mean of all scenes.
         output: (N, 2) drawn places in pixels (x, y).
 
@@ -188,37 +230,30 @@ class PlaceModel(nn.Module):
         self.light = nn.Linear(light_inputs, channels, bias=False) if light_inputs else None
         self.conv4 = nn.Conv2d(2 * channels, channels, 3, padding=1)
         self.conv5 = nn.Conv2d(channels, 1, 1)
-        self.in_cell = nn.Conv2d(channels, 4, 1)
-        for parameter in self.in_cell.parameters():
-            nn.init.zeros_(parameter)
+        self.in_cell = nn.Conv2d(channels, 5 * len(FRESH_PEAKS), 1)
+        nn.init.zeros_(self.in_cell.weight)
+        fresh = torch.tensor([[0.0, peak, peak, 0.0, 0.0] for peak in FRESH_PEAKS])
+        self.in_cell.bias = nn.Parameter(fresh.flatten())
         self.prior = nn.Parameter(torch.zeros(image_size // self.cell, image_size // self.cell))
 
     def forward(self, image: Tensor, condition: Tensor, uniform: Tensor, light: Tensor | None = None) -> Tensor:
         check_shape("uniform", uniform, len(image), 3)
         x = self._read(image, condition, light)
         logits = self._logits(x)
-        total = _without_tail(logits.flatten(1).double()).softmax(1).cumsum(1)
-        cell = torch.searchsorted(total, uniform[:, :1].double() * total[:, -1:], right=True)
-        cell = cell.clamp(max=total.shape[1] - 1)
+        probability = _without_tail(logits.flatten(1).double()).softmax(1)
+        total = probability.cumsum(1)
+        drawn = uniform[:, :1].double() * total[:, -1:]
+        cell = torch.searchsorted(total, drawn, right=True).clamp(max=total.shape[1] - 1)
         corner = torch.cat((cell % logits.shape[-1], cell // logits.shape[-1]), 1)
-        features = self._of_cell(x, cell[:, 0])
-        peak, scale = self._peaks(F.linear(features, self.in_cell.weight.flatten(1), self.in_cell.bias).float())
-        low, high = _edges(peak, scale)
-        point = peak + scale * torch.lerp(low, high, uniform[:, 1:]).logit()  # the inverse of the distribution function
-        point = point.clamp(0, 1)
+        # How far into the cell's probability the number fell is as good as a number of its own.
+        further = 1 - (total.gather(1, cell) - drawn) / probability.gather(1, cell)
+        point = self._points(x, cell[:, 0]).draw(further, uniform[:, 1:])
         return ((corner + point) * self.cell).clamp(max=image.shape[-1] - 1)
 
-    def distribution(
-        self, image: Tensor, condition: Tensor, light: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What places are drawn from.
-
-        Returns:
-            Logits (N, H / 2, W / 2), one softmax over all cells; and of x and y in each cell, which goes from 0 to 1,
-            the peaks and the scales, (N, 2, H / 2, W / 2) each.
-        """
+    def distribution(self, image: Tensor, condition: Tensor, light: Tensor | None = None) -> tuple[Tensor, Points]:
+        """What places are drawn from: logits (N, H / 2, W / 2), one softmax over all cells, and the points in each."""
         x = self._read(image, condition, light)
-        return self._logits(x), *self._peaks(self.in_cell(x))
+        return self._logits(x), Points.of(self.in_cell(x))
 
     def _read(self, image: Tensor, condition: Tensor, light: Tensor | None) -> Tensor:
         """Features (N, channels, H / 2, W / 2) of every cell."""
@@ -233,38 +268,26 @@ class PlaceModel(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         return self.conv5(x)[:, 0] + self.prior
 
-    @staticmethod
-    def _peaks(in_cell: Tensor) -> tuple[Tensor, Tensor]:
-        """Peaks and scales, (N, 2, ...) each, of what the network says of cells, (N, 4, ...)."""
-        peak, scale = in_cell.chunk(2, 1)
-        return peak.sigmoid(), F.softplus(scale) + LEAST_SCALE
-
     def loss(self, image: Tensor, condition: Tensor, place: Tensor, light: Tensor | None = None) -> Tensor:
         """Negative log-likelihood (N,) in nats of true places (N, 2), in pixels, against uniform ones in a cell."""
         check_shape("place", place, len(image), 2)
-        logits, peak, scale = self.distribution(image, condition, light)
+        x = self._read(image, condition, light)
+        logits = self._logits(x)
         corner = (place / self.cell).long().clamp(0, logits.shape[-1] - 1)  # (N, 2)
         cell = corner[:, 1] * logits.shape[-1] + corner[:, 0]
-        peak, scale = self._of_cell(peak, cell), self._of_cell(scale, cell)
-        steps = (place / self.cell - corner - peak) / scale
-        low, high = _edges(peak, scale)
-        density = F.logsigmoid(steps) + F.logsigmoid(-steps) - (scale * (high - low)).log()
-        return F.cross_entropy(logits.flatten(1), cell, reduction="none") - density.sum(1)
+        density = self._points(x, cell).log_prob(place / self.cell - corner)
+        return F.cross_entropy(logits.flatten(1), cell, reduction="none") - density
 
-    @staticmethod
-    def _of_cell(x: Tensor, cell: Tensor) -> Tensor:
-        """(N, C, h, w) and numbers of cells (N,) to (N, C)."""
-        return x.flatten(2)[torch.arange(len(cell), device=cell.device), :, cell]
+    def _points(self, x: Tensor, cell: Tensor) -> Points:
+        """In one cell of each picture, given features (N, channels, H / 2, W / 2) and numbers of cells (N,)."""
+        features = x.flatten(2)[torch.arange(len(cell), device=cell.device), :, cell]
+        in_cell = F.linear(features, self.in_cell.weight.flatten(1), self.in_cell.bias)
+        return Points.of(in_cell.to(torch.promote_types(in_cell.dtype, torch.float32)))
 
 
 def _without_tail(logits: Tensor) -> Tensor:
     """Logits (N, P) without what is far less likely than the likeliest: all of it together would be drawn at times."""
     return logits.masked_fill(logits < logits.amax(1, keepdim=True) + math.log(LEAST_LIKELY), -math.inf)
-
-
-def _edges(peak: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logistic distributions that peak between 0 and 1, the distribution functions there."""
-    return (-peak / scale).sigmoid(), ((1 - peak) / scale).sigmoid()
 
 
 class NoiseMapping(nn.Module):

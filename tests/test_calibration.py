@@ -26,7 +26,7 @@ from condgan.configs import NoiseEncoderConfig
 from condgan.correction import FirstTurnCorrection
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
-from condgan.functional import places_of_turns
+from condgan.functional import places_of_turns, roll_conditions
 from condgan.images import from_uint8, to_uint8
 from condgan.models import NoiseEncoder
 
@@ -157,7 +157,7 @@ def test_corrected_first_turns_answer_to_the_codes_of_the_real_ones(monkeypatch:
     objects = torch.arange(2).repeat(300)
     scenes = [[teacher.vocabulary.names[i]] for i in objects.tolist()]
     pixels = to_uint8(draw_turns(teacher, scenes, range(len(scenes))).images)
-    found = CodedTurns(torch.cat(codes), torch.empty(0), torch.empty(0), None, None)
+    found = CodedTurns(torch.cat(codes), torch.empty(0), torch.empty(0), None, None, objects[:, None])
     monkeypatch.setattr(calibration, "code_turns", lambda *args: found)
     encoder = NoiseEncoder(NoiseEncoderConfig(width=4, z_dim=6, places=False))
     correct_first_turns(generator, encoder, pixels, objects, noise=0.0, progress=False)
@@ -238,7 +238,8 @@ def test_what_the_noise_around_codes_changes_is_taken_off(monkeypatch: pytest.Mo
     pixels = torch.full((200, 2, 3, 64, 64), 100, dtype=torch.uint8)
     pixels[:, 1, 0, 24:40, 24:40] = 200
     code = torch.full((200, 6), 0.5)
-    monkeypatch.setattr(calibration, "code_turns", lambda *args: CodedTurns(code, code, code, None, None))
+    objects = torch.zeros(200, 1).long()
+    monkeypatch.setattr(calibration, "code_turns", lambda *args: CodedTurns(code, code, code, None, None, objects))
     encoder = NoiseEncoder(NoiseEncoderConfig(width=4, z_dim=6, places=False))
     around = with_noise(code, torch.randn(200, 6, generator=torch.Generator().manual_seed(7)), 0.3)
 
@@ -296,7 +297,7 @@ def test_the_mapping_learns_which_codes_go_with_which_object() -> None:
     bright = (torch.arange(600) % 4 < 2).float()
     codes[:, 1] += 2.0 * bright - 1
     light = torch.stack((bright, torch.zeros(600)), 1)
-    turns = CodedTurns(codes, conditions, conditions, torch.full((600, 2), 30.0), light)
+    turns = CodedTurns(codes, conditions, conditions, torch.full((600, 2), 30.0), light, kinds[:, None])
     state = torch.get_rng_state()
     fit_mapping(generator, turns, noise=0.1, history_dropout=0.5, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
@@ -312,8 +313,32 @@ def test_the_mapping_learns_which_codes_go_with_which_object() -> None:
     )
 
 
+def test_codes_of_later_turns_are_not_learned_by_heart() -> None:
+    """They depend on the object and on chance: others are as likely as those that were seen in the same scenes."""
+    generator = lively_generator(COMPACT)
+    assert generator.mapping is not None
+    rng = torch.Generator().manual_seed(0)
+    objects = torch.cat((torch.randint(0, 24, (200, 2), generator=rng), torch.arange(200)[:, None] % 2), 1)
+    with torch.no_grad():
+        conditions = roll_conditions(generator.encoder, torch.eye(24)[objects])[0].flatten(0, 1)
+    seen, others = 0.5 * torch.randn(2, 600, 6, generator=rng)
+    for codes in (seen, others):
+        codes[2::3, 0] += 2.0 * objects[:, 2] - 1
+    light = torch.randn(200, 1, 2, generator=rng).expand(-1, 3, -1).flatten(0, 1)
+    turns = CodedTurns(seen, conditions, conditions, torch.full((600, 2), 30.0), light, objects)
+    fit_mapping(generator, turns, noise=0.0, history_dropout=0.0, progress=False)
+
+    @torch.no_grad()
+    def likelihood(codes: Tensor, of: Tensor = conditions) -> float:
+        assert generator.mapping is not None
+        return -generator.mapping.loss(codes[2::3], of[2::3], turns.places[2::3], light[2::3]).mean().item()  # type: ignore[index]
+
+    assert likelihood(seen) < likelihood(others) + 1.2  # without another history and noise: 2.2
+    assert likelihood(others) > likelihood(others, conditions.roll(3, 0)) + 1  # of the other object
+
+
 def test_a_generator_without_mapping_is_an_error() -> None:
-    turns = CodedTurns(torch.zeros(1, 6), torch.zeros(1, 12), torch.zeros(1, 12), None, None)
+    turns = CodedTurns(torch.zeros(1, 6), torch.zeros(1, 12), torch.zeros(1, 12), None, None, torch.zeros(1, 1).long())
     with pytest.raises(ValueError, match="mapping=False"):
         fit_mapping(lively_generator(REFERENCE), turns, noise=0.1, history_dropout=0.0)
 
@@ -361,8 +386,59 @@ def test_the_place_of_a_first_object_follows_the_light(monkeypatch: pytest.Monke
     empty = from_uint8(canvases)
     condition = generator.encoder(torch.eye(24)[objects[:, 0]])[0]
     with torch.no_grad():
-        _, peak, _ = generator.place_model.distribution(empty, condition, generator.read_light(empty))
-    assert torch.corrcoef(torch.stack((peak[:, 0, 6, 7], places[:, 0, 0])))[0, 1] > 0.98  # of the cell they stand in
+        _, points = generator.place_model.distribution(empty, condition, generator.read_light(empty))
+    share, peak = points.share.exp()[:, :, 6, 7], points.peak[:, :, 0, 6, 7]  # of the cell they stand in
+    assert torch.corrcoef(torch.stack(((share * peak).sum(1), places[:, 0, 0])))[0, 1] > 0.98
+
+
+def test_later_turns_are_not_learned_by_heart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mirrored or not, colours in any order, with light and history of another scene; first turns as they are."""
+    monkeypatch.setattr(calibration, "FIT_BATCH_SIZE", 16)
+    generator = lively_generator(COMPACT)
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (6, 4, 3, 64, 64), dtype=torch.uint8, generator=rng)
+    objects = torch.tensor([[0, 1, 2], [3, 1, 4], [5, 1, 2], [6, 7, 4], [8, 7, 9], [9, 7, 2]])
+    places = torch.rand(6, 3, 2, generator=rng) * 60
+    assert generator.place_model is not None
+    seen: list[tuple[Tensor, ...]] = []
+    usual = generator.place_model.loss
+
+    def watch(image: Tensor, condition: Tensor, place: Tensor, light: Tensor) -> Tensor:
+        seen.extend(zip(image, condition.detach(), place, light, strict=True))
+        return usual(image, condition, place, light)
+
+    monkeypatch.setattr(generator.place_model, "loss", watch)
+    fit_places(generator, pixels, objects, places, history_dropout=0.0, epochs=20, progress=False)
+    one_hot = torch.eye(24)[objects]
+    with torch.no_grad():
+        conditions, _ = roll_conditions(generator.encoder, one_hot)
+        lights = generator.read_light(from_uint8(pixels[:, 1:-1].flatten(0, 1))).view(6, 2, -1)
+    canvases = calibration._empty_scenes(generator, pixels[:, 1], objects[:, 0], torch.Generator().manual_seed(0))
+    found = set()
+    for image, condition, place, light in seen:
+        scene, turn = divmod(int((places.flatten(0, 1)[:, 1] - place[1]).abs().argmin()), 3)  # no mirror changes y
+        x = places[scene, turn, 0]
+        if turn == 0:
+            assert place[0] == x
+            assert torch.equal(image, from_uint8(canvases[scene]))
+            torch.testing.assert_close(condition, conditions[scene, 0])
+            continue
+        before = from_uint8(pixels[scene, turn])
+        mirrored = place[0] != x
+        assert place[0] == (63 - x if mirrored else x)
+        before = before.flip(2) if mirrored else before
+        colours = tuple(int((before - channel).abs().sum((1, 2)).argmin()) for channel in image)
+        assert sorted(colours) == [0, 1, 2]
+        assert torch.equal(image, before[[*colours]])
+        other = int((conditions[:, turn] - condition).abs().sum(1).argmin())
+        torch.testing.assert_close(condition, conditions[other, turn])
+        assert objects[other, turn] == objects[scene, turn]
+        torch.testing.assert_close(light, lights[other, turn - 1])
+        found.add((scene, turn, other, mirrored.item(), colours))
+    pairs = {(scene, turn, other) for scene, turn, other, *_ in found}
+    assert pairs == {(s, t, o) for t in (1, 2) for s in range(6) for o in range(6) if objects[s, t] == objects[o, t]}
+    assert len({colours for *_, colours in found}) == 6
+    assert len({mirrored for *_, mirrored, _ in found}) == 2
 
 
 def test_a_generator_without_places_is_an_error() -> None:

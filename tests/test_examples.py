@@ -77,23 +77,37 @@ def test_the_mean_of_two_generators_is_corrected_anew(
         run(monkeypatch, "average.py", *paths)
 
 
-def test_refit_changes_light_where_objects_stand_and_the_correction_and_nothing_else(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ((), {"correction"}),
+        (("light",), {"canvas", "correction"}),
+        (("codes",), {"mapping", "correction"}),
+        (("places",), {"place_model", "correction"}),
+        (None, {"canvas", "mapping", "place_model", "correction"}),
+    ],
+)
+def test_refit_changes_the_parts_that_are_named_and_the_correction_and_nothing_else(
+    parts: tuple[str, ...] | None, expected: set[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = lively_generator(COMPACT)
-    before.save_pretrained(tmp_path / "before", dtype=torch.float16)
+    lively_generator(COMPACT).save_pretrained(tmp_path / "before", dtype=torch.float16)
     weights = IterativeGenerator.from_pretrained(tmp_path / "before").state_dict()
-    arguments = ("--data", data, "--model", tmp_path / "before", "--out", tmp_path / "after")
-    for epochs, expected in ((0, {"canvas", "correction"}), (20, {"canvas", "correction", "place_model"})):
-        run(monkeypatch, "refit.py", *arguments, "--place-epochs", epochs)
-        after = IterativeGenerator.from_pretrained(tmp_path / "after").state_dict()
-        changed = {name for name, value in after.items() if not torch.equal(value, weights[name])}
-        assert {name.split(".")[0] for name in changed} == expected
+    arguments = ("--data", data, "--model", tmp_path / "before", "--out", tmp_path / "after", "--place-epochs", 3)
+    run(monkeypatch, "refit.py", *arguments, *(() if parts is None else ("--parts", *parts)))
+    after = IterativeGenerator.from_pretrained(tmp_path / "after").state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, weights[name])}
+    assert {name.split(".")[0] for name in changed} == expected
+    if "canvas" in expected:
         assert {"canvas.components", "canvas.flow.high"} <= changed
         assert "canvas.grain_mix" not in changed
+
+
+def test_refit_needs_a_number_of_epochs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        run(monkeypatch, "refit.py", *arguments, "--place-epochs", -1)
-    assert "--place-epochs must be 0 or more, got -1" in capsys.readouterr().err
+        run(monkeypatch, "refit.py", "--data", data, "--out", tmp_path / "after", "--place-epochs", 0)
+    assert "--place-epochs must be 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_crops_of_an_untrained_generator_are_told_apart(

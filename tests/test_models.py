@@ -1036,7 +1036,7 @@ def peaked_place_model(size: int = 32) -> PlaceModel:
     """
     model = PlaceModel(size, 5, channels=2).eval()
     with torch.no_grad():
-        model.in_cell.bias[2:] = 8.0
+        model.in_cell.bias.view(-1, 5)[:, 3:] = 8.0
         nn.init.zeros_(model.conv5.weight)
         nn.init.zeros_(model.conv5.bias)
         model.prior.fill_(-math.inf)
@@ -1051,7 +1051,7 @@ PEAKS = {(0, 0): 0.5, (3, 11): 0.25, (10, 2): 0.125, (15, 15): 0.125}  # (row, c
 def test_the_loss_of_known_logits_is_the_logarithm_of_the_cells_probability() -> None:
     model = peaked_place_model().double()
     with torch.no_grad():
-        model.in_cell.bias[2:] = 1000.0
+        model.in_cell.bias.view(-1, 5)[:, 3:] = 1000.0
     places = torch.tensor([[0.0, 0.0], [1.99, 1.0], [22.0, 6.0], [23.9, 7.9], [4.0, 20.0], [31.0, 31.0], [22.0, 8.0]])
     n = len(places)
     losses = model.loss(torch.zeros(n, 3, 32, 32).double(), torch.zeros(n, 5).double(), places)
@@ -1123,7 +1123,7 @@ def test_what_is_drawn_most_often_is_what_the_loss_likes_best() -> None:
     nn.init.normal_(model.prior, std=3.0)
     nn.init.zeros_(model.in_cell.weight)
     with torch.no_grad():
-        model.in_cell.bias.copy_(torch.tensor([0.0, 0.0, 8.0, 8.0]))  # points as good as uniform
+        model.in_cell.bias.view(-1, 5)[:, 3:] = 8.0  # points as good as uniform
     image, condition = torch.rand(1, 3, 32, 32).expand(500, -1, -1, -1), torch.randn(1, 5).expand(500, -1)
     places = model(image, condition, torch.rand(500, 3))
     losses = model.loss(image, condition, places)
@@ -1133,35 +1133,65 @@ def test_what_is_drawn_most_often_is_what_the_loss_likes_best() -> None:
 
 
 def test_the_point_in_a_cell_is_drawn_as_the_loss_says() -> None:
-    """A logistic distribution by hand, cut off at 0 and 1, and the density integrates to one."""
+    """Three peaks by hand, logistic distributions cut off at 0 and 1, and the density integrates to one."""
     model = peaked_place_model()
-    peaks, scales = (0.7, 0.2), (0.05, 0.3)
+    shares = (0.5, 0.3, 0.2)
+    peaks, scales = [(0.7, 0.2), (0.3, 0.8), (0.5, 0.5)], [(0.05, 0.3), (0.1, 0.02), (0.3, 0.2)]
     with torch.no_grad():
         model.prior.fill_(-math.inf)
-        model.prior[3, 11] = 0.0
-        logits, logs = (
-            [math.log(p / (1 - p)) for p in peaks],
-            [math.log(math.expm1(scale - 0.001)) for scale in scales],
-        )
-        model.in_cell.bias.copy_(torch.tensor([*logits, *logs]))
-        n = 4000
+        model.prior[3, 11] = math.log(0.6)
+        model.prior[2, 4] = math.log(0.4)  # so that the number that chooses a peak is not that which chooses the cell
+        said = [
+            [math.log(share), *(math.log(p / (1 - p)) for p in peak), *(math.log(math.expm1(s - 0.001)) for s in scale)]
+            for share, peak, scale in zip(shares, peaks, scales, strict=True)
+        ]
+        model.in_cell.bias.copy_(torch.tensor(said).flatten())
+        n = 10_000
         uniform = torch.rand(n, 3, generator=torch.Generator().manual_seed(0))
         places = model(torch.zeros(n, 3, 32, 32), torch.zeros(n, 5), uniform)
-    points = places / 2 - torch.tensor([11, 3])
+    corner = torch.tensor([11, 3])
+    points = places[(places[:, 0] > 20)] / 2 - corner
     assert ((points >= 0) & (points <= 1)).all()
-    below = (points < torch.tensor([0.75, 0.4])).float().mean(0)
 
-    def share(x: float, peak: float, scale: float) -> float:
+    def share_below(x: float, peak: float, scale: float) -> float:
         low, here, high = (1 / (1 + math.exp((peak - edge) / scale)) for edge in (0, x, 1))
         return (here - low) / (high - low)
 
-    expected = [share(x, *shape) for x, *shape in zip((0.75, 0.4), peaks, scales, strict=True)]
-    torch.testing.assert_close(below, torch.tensor(expected), atol=0.03, rtol=0)
+    for x, y in ((0.75, 0.4), (0.3, 0.79), (0.65, 0.8)):
+        below = (points < torch.tensor([x, y])).float()
+        both = below.prod(1).mean()  # x and y of a peak are independent, of several they are not
+        expected = torch.tensor(
+            [
+                [share_below(x, peak[0], scale[0]), share_below(y, peak[1], scale[1])]
+                for peak, scale in zip(peaks, scales, strict=True)
+            ]
+        )
+        torch.testing.assert_close(below.mean(0), torch.tensor(shares) @ expected, atol=0.02, rtol=0)
+        torch.testing.assert_close(both, torch.tensor(shares) @ expected.prod(1), atol=0.02, rtol=0)
     steps = (torch.arange(100) + 0.5) / 100
     grid = torch.cartesian_prod(steps, steps)
-    places = (grid + torch.tensor([11, 3])) * 2
-    losses = model.loss(torch.zeros(len(grid), 3, 32, 32), torch.zeros(len(grid), 5), places)
-    torch.testing.assert_close(losses.neg().exp().mean(), torch.tensor(1.0), atol=0.01, rtol=0)
+    losses = model.loss(torch.zeros(len(grid), 3, 32, 32), torch.zeros(len(grid), 5), (grid + corner) * 2)
+    torch.testing.assert_close(losses.neg().exp().mean(), torch.tensor(0.6), atol=0.01, rtol=0)
+
+
+@torch.no_grad()
+def test_peaks_are_drawn_from_the_cell_at_hand() -> None:
+    """The share of a peak differs from cell to cell, so what is drawn is what the distribution of that cell says."""
+    torch.manual_seed(0)
+    model = randomise(PlaceModel(32, 5))
+    image, condition = torch.rand(1, 3, 32, 32), torch.randn(1, 5)
+    logits, points = model.distribution(image, condition)
+    likeliest = logits.flatten().argmax().item()
+    model.prior.flatten()[likeliest] += 100.0  # always this cell
+    n = 4000
+    places = model(image.expand(n, -1, -1, -1), condition.expand(n, -1), torch.rand(n, 3))
+    row, column = divmod(likeliest, 16)
+    share, peak, scale = (x[0, ..., row, column] for x in points)
+    low, high = (-peak / scale).sigmoid(), ((1 - peak) / scale).sigmoid()
+    point = places / 2 - torch.tensor([column, row])
+    for x in (0.25, 0.5, 0.75):
+        below = (((x - peak) / scale).sigmoid() - low) / (high - low)  # (M, 2)
+        torch.testing.assert_close((point < x).float().mean(0), share.exp() @ below, atol=0.04, rtol=0)
 
 
 @pytest.mark.parametrize("bad", ["place", "uniform"])

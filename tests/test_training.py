@@ -174,7 +174,7 @@ def test_the_mapping_learns_the_codes_that_are_found_and_nothing_else_feels_it(d
     moved = {name for name, p in trainer.generator.named_parameters() if p.grad is not None}
     assert moved == {f"mapping.{name}" for name, _ in trainer.generator.mapping.named_parameters()}
     assert all(p.grad is None for p in trainer.noise_encoder.parameters())
-    losses = [trainer.train_step()["mapping"] for _ in range(150)]
+    losses = [trainer.train_step()["mapping"] for _ in range(300)]
     assert sum(losses[-10:]) < sum(losses[:10]) - 10, "nats, by one each"
 
 
