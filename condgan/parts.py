@@ -17,7 +17,7 @@ from condgan.functional import crop, local_mean, place_map, window_corners
 
 MAX_WIDTH_FACTOR = 16
 """No feature map is wider than this many times ``width``."""
-LEAST_LIKELY = 1e-4
+LEAST_LIKELY = 3e-3
 """A cell that is less likely than the likeliest one times this is never drawn."""
 LEAST_SCALE = 0.001
 """Of a point's distribution in a cell, whose side is 1."""
@@ -118,7 +118,7 @@ class ConditionRNN(nn.Module):
         super().__init__()
         self.num_objects = num_objects
         self.embedding = nn.Embedding(num_objects if spelling is None else spelling.shape[1], condition_dim)
-        self.register_buffer("spelling", spelling)
+        self.register_buffer("spelling", None if spelling is None else spelling.to(self.embedding.weight.dtype))
         self.gru = nn.GRUCell(condition_dim, condition_dim)
         self.norm = nn.LayerNorm(condition_dim)
 

@@ -25,7 +25,7 @@ from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderCo
 from condgan.functional import encode_objects, window_corners
 from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
-from condgan.parts import ConditionRNN, NoiseMapping, PlaceModel, PreviousImageEncoder
+from condgan.parts import LEAST_LIKELY, ConditionRNN, NoiseMapping, PlaceModel, PreviousImageEncoder
 from condgan.vocab import Vocabulary
 
 GENERATORS = [
@@ -446,6 +446,15 @@ def test_with_words_a_pair_is_told_from_what_was_learned_of_others() -> None:
         both = (said[:, :8].argmax(1) == colour[unseen]) & (said[:, 8:].argmax(1) == shape[unseen])
         right[words] = int(both.sum())
     assert right == {True: 4, False: 0}
+
+
+def test_words_are_of_the_default_dtype_as_all_weights_are() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        condition, _ = ConditionRNN(24, 8, Vocabulary().spelling())(torch.eye(24))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert condition.dtype == torch.float64
 
 
 def test_a_generator_with_words_is_stored_with_them(tmp_path: Path) -> None:
@@ -1098,9 +1107,9 @@ def test_cells_that_are_hardly_ever_drawn_are_never_drawn() -> None:
     image, condition = torch.zeros(4000, 3, 32, 32), torch.zeros(4000, 5)
     expected = model(image, condition, uniform)
     likeliest = math.log(0.5) + 3.0
-    model.prior.clamp_(min=likeliest + math.log(0.9e-4))  # 252 cells, together 1 %
+    model.prior.clamp_(min=likeliest + math.log(0.9 * LEAST_LIKELY))  # 252 cells, together a quarter
     torch.testing.assert_close(model(image, condition, uniform), expected)
-    model.prior.clamp_(min=likeliest + math.log(1.1e-4))
+    model.prior.clamp_(min=likeliest + math.log(1.1 * LEAST_LIKELY))
     assert (model(image, condition, uniform) != expected).any()
 
 
