@@ -95,8 +95,8 @@ class ConditionRNN(nn.Module):
     Args:
         num_objects: size K of the vocabulary.
         condition_dim: length D of state and output.
-        spelling: (K, W), how often each object's name has each of W words; then an object's embedding is the sum of
-            those of its words. None: each object has one of its own.
+        spelling: (K, W) of 0 and 1, which of W words each object's name has (:meth:`condgan.Vocabulary.spelling`); then
+            an object's embedding is the sum of those of its words. None: each object has one of its own.
 
     Shape:
         objects: (N, K) multi-hot.

@@ -52,8 +52,8 @@ class Vocabulary:
 
     def spelling(self) -> Tensor:
         """Which of the W :attr:`words` each of the K names has, (K, W) float32 of 0 and 1."""
-        spelled = [name.split() for name in self.names]
-        return torch.tensor([[float(word in name) for word in self.words] for name in spelled], dtype=torch.float32)
+        words, names = self.words, [name.split() for name in self.names]
+        return torch.tensor([[word in name for word in words] for name in names]).float()
 
     def __len__(self) -> int:
         return len(self.names)
