@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +62,44 @@ def _seconds(case: Callable[[], object]) -> float:
     start = time.perf_counter()
     case()
     return time.perf_counter() - start
+
+
+@contextmanager
+def elsewhere(make: Callable[[], Callable[[], object]]) -> Iterator[Callable[[], object]]:
+    """A case that runs in a process of its own, which makes it; between its runs that process does nothing.
+
+    Raises:
+        EOFError: that process failed; it says why.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, make), daemon=True)
+    process.start()
+    theirs.close()
+
+    def case() -> None:
+        ours.send(None)
+        ours.recv()
+
+    try:
+        ours.recv()
+        yield case
+    finally:
+        ours.close()
+        process.join()
+
+
+def _serve(told: Connection, make: Callable[[], Callable[[], object]]) -> None:
+    """Make a case and run it each time when told to, as long as there is somebody to tell."""
+    case = make()
+    told.send(None)
+    try:
+        while True:
+            told.recv()
+            case()
+            told.send(None)
+    except (EOFError, BrokenPipeError):
+        pass
 
 
 def median(times: Times, name: str) -> float:

@@ -15,7 +15,7 @@ PROGRAMS = {
     "the shipped model loaded": LOAD,
     "1 scene drawn": LOAD + "generator.generate(['red cube', 'blue sphere', 'gray cylinder'])\n",
     "64 scenes drawn": LOAD + "generator.generate([['red cube', 'blue sphere', 'gray cylinder']] * 64)\n",
-    "a training step of the reference": "from benchmarks.training import trainer; trainer(1).train_step()\n",
+    "a training step of the reference": "from benchmarks.training import step_of_command; step_of_command(1)\n",
 }
 
 

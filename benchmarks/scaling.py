@@ -13,20 +13,20 @@ from functools import partial
 import torch
 
 from benchmarks.measure import Row, interleaved, median, printed_number, ratio
-from benchmarks.training import trainer
+from benchmarks.training import step_of_command
 from condgan.ranks import joined
 
 SCENES = 12
 """Scenes of a step of one rank: about as many as the preset has."""
 STEPS = 2
-"""Measured in each process, after one that is not."""
+"""Measured in each process, after some that are not."""
 
 
 def main() -> None:
     """Measure as one of the ranks that ``torchrun`` has started."""
     torch.set_num_threads(1)
     with joined("cpu") as ranks:
-        times = interleaved({"step": trainer(10**9, int(sys.argv[1]), ranks).train_step}, STEPS)
+        times = interleaved({"step": step_of_command(10**9, int(sys.argv[1]), ranks)}, STEPS)
         if ranks.leads:
             print(median(times, "step"))
 

@@ -1,18 +1,24 @@
-"""A training step of the reference's networks: the plain way, ours with penalties more and less often, the limit."""
+"""A training step of the reference's networks: the plain way, ours with penalties more and less often, the limit.
+
+Ours is that of ``condgan train``, in a process that is set up as it sets up its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import DTYPES, Row, interleaved, matrix_product, median, operations, ratio
+from benchmarks.measure import DTYPES, Row, elsewhere, interleaved, matrix_product, median, operations, ratio
 from benchmarks.plain import PlainTraining
 from condgan import DiffDiscriminator, IterativeGenerator
+from condgan.allocator import keep_freed_memory
 from condgan.batches import TrainingScenes
 from condgan.images import from_uint8
 from condgan.presets import PRESETS
@@ -21,6 +27,10 @@ from condgan.training import Trainer
 
 SCENES = PRESETS["reference"].batch_scenes
 """Scenes a step; each has three turns, every one a picture to learn from."""
+CASES = {"penalty": 1, "no penalty": 10**9}
+"""Steps from one penalty to the next."""
+WARM_UP = 2
+"""Steps until a process that keeps what it frees has all the memory that it needs."""
 INTERVAL = 16
 """Steps from one lazy penalty to the next (Karras et al. 2020, arXiv:1912.04958, section 3.1)."""
 
@@ -50,17 +60,30 @@ def trainer(penalty_interval: int, num_scenes: int = SCENES, ranks: Ranks = ALON
     return made
 
 
+def step_of_command(
+    penalty_interval: int, num_scenes: int = SCENES, ranks: Ranks = ALONE
+) -> Callable[[], dict[str, float]]:
+    """A step in a process that does nothing else, as ``condgan train`` takes one after the other."""
+    keep_freed_memory()
+    step = trainer(penalty_interval, num_scenes, ranks).train_step
+    for _ in range(WARM_UP):
+        step()
+    return step
+
+
 def run(rounds: int) -> Iterator[Row]:
     """All rows of this part."""
     data = random_scenes(SCENES)
     images = torch.cat((torch.zeros(SCENES, 1, 3, 64, 64), from_uint8(data.pixels)), 1)
-    ours, without = trainer(1), trainer(10**9)
     straight = PlainTraining(IterativeGenerator(), DiffDiscriminator(), images, F.one_hot(data.objects, 24).float())
     limit, multiplied = matrix_product([*DTYPES.values()][-1])
-    work = {"penalty": operations(ours.train_step), "no penalty": operations(without.train_step)}
-    times = interleaved(
-        {"plain": straight.step, "penalty": ours.train_step, "no penalty": without.train_step, "limit": limit}, rounds
-    )
+    work = {name: operations(trainer(interval).train_step) for name, interval in CASES.items()}
+    with ExitStack() as processes:
+        ours = {
+            name: processes.enter_context(elsewhere(partial(step_of_command, interval)))
+            for name, interval in CASES.items()
+        }
+        times = interleaved({"plain": straight.step, **ours, "limit": limit}, rounds)
     work["lazy penalty"] = _mean_step(work["penalty"], work["no penalty"])
     times["lazy penalty"] = [_mean_step(*pair) for pair in zip(times["penalty"], times["no penalty"], strict=True)]
     pictures = 3 * SCENES

@@ -288,8 +288,10 @@ def _train(args: argparse.Namespace) -> Report:
         config = _with_fields(PRESETS[args.preset], assignments)
     except ValueError as error:
         args.parser.error(f"argument --set: {error}")
+    from condgan.allocator import keep_freed_memory
     from condgan.runs import train  # not needed to refuse what is wrong above
 
+    keep_freed_memory()
     progress = sys.stderr.isatty()
     generator = train(args.data, args.out, config, device=args.device, accumulate=args.accumulate, progress=progress)
     model = args.out / "model"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,31 @@ def test_a_round_may_run_each_case_several_times_in_a_row() -> None:
     assert 0.02 <= times["uneven"][0] < 0.1, "the median"
 
 
+def note_process(path: Path) -> Callable[[], object]:
+    """A case that writes down in which process it ran."""
+
+    def note() -> None:
+        with path.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+    return note
+
+
+def test_a_case_may_run_in_a_process_of_its_own(tmp_path: Path) -> None:
+    with measure.elsewhere(partial(note_process, tmp_path / "runs")) as case:
+        assert len(measure.interleaved({"elsewhere": case}, 2)["elsewhere"]) == 2
+        first, *others = (tmp_path / "runs").read_text().split()
+        assert others == [first] * 2, "one process, which is done when the case returns"
+        assert first != str(os.getpid())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(first), 0)
+
+
+def test_a_process_that_fails_is_not_waited_for() -> None:
+    with pytest.raises(EOFError), measure.elsewhere(partial(int, "no number")):
+        pass
+
+
 def test_the_operations_of_a_matrix_product_are_counted() -> None:
     case, multiplied = measure.matrix_product(torch.float32)
     assert measure.operations(case) == multiplied
@@ -157,12 +185,10 @@ def test_ranks_alternate_and_their_ratio_is_that_of_the_same_round(monkeypatch: 
 def test_a_rank_prints_the_seconds_of_its_steps(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Sleeper:
-        def train_step(self) -> None:
-            time.sleep(0.02)
-
     threads = torch.get_num_threads()
-    monkeypatch.setattr(scaling, "trainer", lambda interval, scenes, ranks: Sleeper() if scenes == 7 else None)
+    monkeypatch.setattr(
+        scaling, "step_of_command", lambda interval, scenes, ranks: partial(time.sleep, 0.02 if scenes == 7 else 1)
+    )
     monkeypatch.setattr("sys.argv", ["scaling", "7"])
     scaling.main()
     torch.set_num_threads(threads)

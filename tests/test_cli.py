@@ -21,7 +21,7 @@ from PIL import Image
 from scenes import write_iclevr_layout
 
 import condgan
-from condgan import cli, evaluation, hub, results, runs
+from condgan import allocator, cli, evaluation, hub, results, runs
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.cli import main
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
@@ -276,6 +276,19 @@ def test_a_data_folder_without_labels(run: Run, tmp_path: Path) -> None:
     outcome = run("prepare", ".")
     assert outcome.status == 1
     assert "there is no train.json in ." in outcome.err
+
+
+def test_a_process_that_trains_keeps_freed_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def diverge(*_: object, **__: object) -> None:
+        order.append("train")
+        raise TrainingDiverged
+
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: order.append("keep"))
+    monkeypatch.setattr(runs, "train", diverge)
+    run("train", "--data", "data", "--out", "run")
+    assert order == ["keep", "train"]
 
 
 def test_diverged_training_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
