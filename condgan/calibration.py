@@ -68,6 +68,18 @@ class CodedTurns(NamedTuple):
 
 
 @torch.no_grad()
+def check_noise_encoder(noise_encoder: NoiseEncoder, generator: IterativeGenerator) -> None:
+    """Refuse a noise encoder that cannot be the one that a generator was trained with.
+
+    Raises:
+        ValueError: it looks at other pictures, or finds codes of another length.
+    """
+    for field in ("image_size", "z_dim", "places", "window"):
+        ours, theirs = getattr(generator.config, field), getattr(noise_encoder.config, field)
+        if ours != theirs:
+            raise ValueError(f"noise_encoder: it is of another model, its {field} is {theirs}, the generator's {ours}")
+
+
 def code_turns(
     generator: IterativeGenerator, noise_encoder: NoiseEncoder, pixels: Tensor, objects: Tensor, places: Tensor | None
 ) -> CodedTurns:
@@ -79,7 +91,11 @@ def code_turns(
         pixels: (S, T + 1, 3, H, W) uint8, the empty scenes first.
         objects: (S, T) ids.
         places: (S, T, 2) pixels, for models that know places; else None.
+
+    Raises:
+        ValueError: the noise encoder is of another model.
     """
+    check_noise_encoder(noise_encoder, generator)
     device = next(generator.parameters()).device
     conditions, alone = _read_both_ways(generator, objects)
     where = None if places is None else places.to(device)
@@ -344,7 +360,7 @@ def correct_first_turns(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: the generator has no correction.
+        ValueError: the generator has no correction, or the noise encoder is of another model.
 
     Source: reduced-rank regression, Izenman 1975, "Reduced-rank regression for the multivariate linear model"; ridge
     regression, Hoerl and Kennard 1970.

@@ -114,9 +114,7 @@ def draw_turns(
     _check_lengths(generator, conditions, seeds, places, start)
     objects = [encode_objects(scene, generator.vocabulary) for scene in conditions]
     turns = max(len(scene) for scene in objects)
-    size = batch_size
-    if size is None:
-        size = CPU_BATCH if next(generator.parameters()).device.type == "cpu" else GPU_BATCH
+    size = min(pictures_at_once(generator, batch_size), len(objects))
     images, where = [], []
     with evaluating(generator), steady_weights():
         for low in range(0, len(objects), size):
@@ -134,6 +132,13 @@ def draw_turns(
             if generator.place_model is not None:
                 where.append(F.pad(torch.stack(put[1:], 1), (0, 0, 0, turns + 1 - len(put)), value=math.nan))
     return Turns(torch.cat(images), torch.cat(where) if where else None)
+
+
+def pictures_at_once(generator: SceneModel, batch_size: int | None) -> int:
+    """How many pictures pass the network at once: ``batch_size``, or what is usual for the generator's device."""
+    if batch_size is not None:
+        return batch_size
+    return CPU_BATCH if next(generator.parameters()).device.type == "cpu" else GPU_BATCH
 
 
 def random_source(seed: int) -> torch.Generator:
@@ -238,7 +243,7 @@ def _draw_turn(
         place = generator.place_model(image.to(condition.dtype), condition, noise.uniform, light).float()
         for i, asked in enumerate(wanted):
             if asked is not None:
-                place[i] = torch.tensor(asked)
+                place[i] = torch.tensor(asked, dtype=place.dtype)
     drawn = generator(noise.z, condition, image, place, light)
     if not math.isfinite(drawn.sum()):  # one number is enough to see it
         raise ValueError("the model draws NaN or infinity: its weights are damaged, load or train them again")

@@ -286,7 +286,8 @@ class IterativeGenerator(PretrainedModel):
                 ``result.draws`` says what it took.
             batch_size: pictures that pass the network at once. None: on a CPU one, so that a picture is the same, bit
                 for bit, whatever else is drawn; on a GPU 256. With 16 a CPU draws many pictures several times as
-                fast, and they are the same but for last bits, which may decide on a level of 256.
+                fast, and they are the same but for last bits, which may decide on a level of 256. Models without a
+                ``window`` may carry that further from turn to turn.
 
         Returns:
             A :class:`condgan.Drawing`.

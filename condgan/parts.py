@@ -186,7 +186,8 @@ class Points(NamedTuple):
         chosen = (which >= self.share.exp().cumsum(1)[:, :-1]).sum(1)
         row = torch.arange(len(chosen), device=chosen.device)
         peak, scale = self.peak[row, chosen], self.scale[row, chosen]
-        steps = torch.lerp(*_edges(peak, scale), uniform).logit()  # the inverse of the distribution function
+        # The inverse of the distribution function.
+        steps = torch.lerp(*_edges(peak, scale), uniform.to(peak.dtype)).logit()
         return torch.addcmul(peak, scale, steps).clamp(0, 1)
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from condgan.drawing import Redraw, parse_batch_size, parse_best_of
+from condgan.drawing import Redraw, parse_batch_size, parse_best_of, pictures_at_once
 from condgan.files import file_sha256, replacing
 from condgan.models import IterativeGenerator
 from condgan.requests import MAX_SEED, Place, TooManyObjectsWarning, parse_request, parse_whole
@@ -29,7 +29,7 @@ DESCRIPTION = "set.json"
 KEYS = ("conditions", "seed", "places", "num_images")
 """What a line of the list may say of its scene."""
 CHUNK = 64
-"""Pictures that are drawn before they are written."""
+"""About so many pictures are drawn before they are written, more only if more pass the network at once."""
 MAX_SET = 10**9
 """Pictures of a set: their names have nine digits."""
 ABANDONED = 3600
@@ -127,6 +127,8 @@ def draw_set(
     description = {"pictures": total, "list": file_sha256(source), "model": _digest_of_model(generator)}
     description |= {"num_images": num_images, "seed": seed, "best_of": best_of, "redraw": redraw}
     _claim(out, description | {"batch_size": batch_size, "shard_size": shard_size})
+    at_once = pictures_at_once(generator, batch_size)
+    together = max(CHUNK // at_once, 1) * at_once
     shards = -(-total // shard_size)
     ours = {shard: min(shard_size, total - shard * shard_size) for shard in range(rank, shards, count)}
     left = {shard for shard in ours if not _is_whole(_tar(out, shard))}
@@ -141,7 +143,7 @@ def draw_set(
         for shard, asked in itertools.groupby(pictures, lambda picture: picture.number // shard_size):
             if shard in left:
                 with _new_tar(_tar(out, shard)) as tar:
-                    while chunk := list(itertools.islice(asked, CHUNK)):
+                    while chunk := list(itertools.islice(asked, together)):
                         for drawing, those in _drawn(generator, chunk, best_of, redraw, batch_size):
                             _write(tar, drawing, those)
                         bar.update(len(chunk))
@@ -305,7 +307,9 @@ def _claim(out: Path, description: dict[str, object]) -> None:
         found = json.loads(file.read_bytes())
         differing = [name for name in description if found[name] != description[name]]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"out: {str(file)!r} does not describe a set: choose another folder, or remove it") from None
+        raise ValueError(
+            f"out: {str(file)!r} does not describe a set: choose another folder, or remove this one"
+        ) from None
     if differing:
         changes = ", ".join(f"{name} was {found[name]!r} and is {description[name]!r}" for name in differing)
         raise ValueError(f"out: {str(out)!r} holds another set: {changes}; choose another folder")

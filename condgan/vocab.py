@@ -51,8 +51,18 @@ class Vocabulary:
         return tuple(dict.fromkeys(word for name in self.names for word in name.split()))
 
     def spelling(self) -> Tensor:
-        """Which of the W :attr:`words` each of the K names has, (K, W) float32 of 0 and 1."""
+        """Which of the W :attr:`words` each of the K names has, (K, W) float32 of 0 and 1.
+
+        Raises:
+            ValueError: two names have the same words, in another order or more often, so that these do not tell them
+                apart.
+        """
         words, names = self.words, [name.split() for name in self.names]
+        known: dict[frozenset[str], str] = {}
+        for name, own in zip(self.names, names, strict=True):
+            other = known.setdefault(frozenset(own), name)
+            if other != name:
+                raise ValueError(f"names: {other!r} and {name!r} have the same words: rename one, or set words=False")
         return torch.tensor([[word in name for word in words] for name in names]).float()
 
     def __len__(self) -> int:

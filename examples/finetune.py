@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from condgan import IterativeGenerator, NoiseEncoder
 from condgan.batches import TrainingScenes
-from condgan.calibration import correct_first_turns, recalibrate
+from condgan.calibration import check_noise_encoder, correct_first_turns, recalibrate
 from condgan.datasets import SceneDataset, augment_scene
 from condgan.functional import changed_region, pixel_distance, place_of_change, roll_conditions
 from condgan.prepare import prepare
@@ -38,9 +38,8 @@ args = parser.parse_args()
 generator = IterativeGenerator.from_pretrained(args.model).train()
 name = args.noise_encoder or (None if args.model else "iclevr-64-noise-encoder")
 noise_encoder = NoiseEncoder.from_pretrained(name) if name else None  # without one, noise is random
-for field in ("image_size", "z_dim", "places", "window"):
-    if noise_encoder and getattr(noise_encoder.config, field) != getattr(generator.config, field):
-        raise SystemExit(f"{name}: it is the noise encoder of another model, with another {field}")
+if noise_encoder is not None:
+    check_noise_encoder(noise_encoder, generator)
 data = SceneDataset(prepare(args.data, image_size=generator.image_size).path, "train")
 if data.vocabulary.names != generator.vocabulary.names:
     raise SystemExit(f"{args.data}: its objects.json must name the model's objects: {generator.vocabulary.names}")

@@ -16,7 +16,7 @@ import torch
 
 from condgan import IterativeGenerator
 from condgan.batches import TrainingScenes
-from condgan.calibration import code_turns, correct_first_turns, fit_mapping, fit_places
+from condgan.calibration import check_noise_encoder, code_turns, correct_first_turns, fit_mapping, fit_places
 from condgan.datasets import SceneDataset
 from condgan.images import from_uint8
 from condgan.models import NoiseEncoder
@@ -28,7 +28,9 @@ DROPOUT = PRESETS["compact"].history_dropout
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on; its train split is used")
 parser.add_argument("--model", help="name, folder or hub id of a generator; the default is the one that ships")
-parser.add_argument("--noise-encoder", default="iclevr-64-noise-encoder", help="that it was trained with")
+parser.add_argument(
+    "--noise-encoder", help="that it was trained with: RUN/noise-encoder; the shipped model has one that ships"
+)
 parser.add_argument(
     "--parts",
     nargs="*",
@@ -45,9 +47,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.place_epochs < 1:
         parser.error(f"--place-epochs must be 1 or more, got {args.place_epochs}")
+    if args.model and not args.noise_encoder:
+        parser.error("--model needs --noise-encoder: that of another training gives its codes another meaning")
     generator = IterativeGenerator.from_pretrained(args.model)
-    noise_encoder = NoiseEncoder.from_pretrained(args.noise_encoder)
-    data = SceneDataset(args.data, "train")
+    noise_encoder = NoiseEncoder.from_pretrained(args.noise_encoder or "iclevr-64-noise-encoder")
+    check_noise_encoder(noise_encoder, generator)
+    data = SceneDataset(args.data, "train", image_size=generator.image_size)
+    if data.vocabulary.names != generator.vocabulary.names:
+        parser.error(f"--data: its objects.json must name the model's objects: {generator.vocabulary.names}")
     if "light" in args.parts and generator.canvas.flow is not None:
         first = from_uint8(data.pixels[:, 0])
         generator.canvas.smooth_hidden(first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,15 @@ def test_the_state_of_torch_makes_no_difference(compact: IterativeGenerator) -> 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_the_default_dtype_makes_no_difference(generator: IterativeGenerator, dtype: torch.dtype) -> None:
     first = generator.generate(SCENES[2], seed=1).tensor
+    at = None if generator.place_model is None else [(20.13, 30.37), *[None] * (len(SCENES[2]) - 1)]
+    placed = generator.generate(SCENES[2], seed=1, at=at).tensor
     empty = generator.canvas.remove_objects(first)
     torch.set_default_dtype(dtype)
     try:
         fresh = IterativeGenerator(generator.config).float().eval()  # has drawn nothing yet
         fresh.load_state_dict(generator.state_dict())
         assert torch.equal(fresh.generate(SCENES[2], seed=1).tensor, first)
+        assert torch.equal(fresh.generate(SCENES[2], seed=1, at=at).tensor, placed)
         assert torch.equal(fresh.canvas.remove_objects(first), empty)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -357,6 +361,19 @@ def test_candidates_of_a_batch_at_once_are_those_that_come_one_by_one(compact: I
 def test_a_batch_is_a_whole_number_of_pictures(size: Any, error: type[Exception], compact: IterativeGenerator) -> None:
     with pytest.raises(error, match="batch_size must be"):
         compact.generate(["red cube"], batch_size=size)
+
+
+def test_a_batch_may_be_larger_than_all_that_is_drawn(compact: IterativeGenerator) -> None:
+    start = time.monotonic()
+    compact.generate(SCENES[:2], seed=0, batch_size=10**9)
+    assert time.monotonic() - start < 10, "what is drawn counts, not what could be"
+
+
+def test_a_generator_of_doubles_draws_the_same(compact: IterativeGenerator) -> None:
+    wanted = compact.generate(SCENES[2], seed=1).trajectory
+    double = IterativeGenerator(compact.config).double().eval()
+    double.load_state_dict(compact.state_dict())
+    assert_drawn_alike(double.generate(SCENES[2], seed=1).trajectory, wanted)
 
 
 def test_noise_does_not_depend_on_the_start(compact: IterativeGenerator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,7 @@ def test_refit_changes_the_parts_that_are_named_and_the_correction_and_nothing_e
     lively_generator(COMPACT).save_pretrained(tmp_path / "before", dtype=torch.float16)
     weights = IterativeGenerator.from_pretrained(tmp_path / "before").state_dict()
     arguments = ("--data", data, "--model", tmp_path / "before", "--out", tmp_path / "after", "--place-epochs", 3)
+    arguments += ("--noise-encoder", "iclevr-64-noise-encoder")
     run(monkeypatch, "refit.py", *arguments, *(() if parts is None else ("--parts", *parts)))
     after = IterativeGenerator.from_pretrained(tmp_path / "after").state_dict()
     changed = {name for name, value in after.items() if not torch.equal(value, weights[name])}
@@ -100,6 +101,26 @@ def test_refit_changes_the_parts_that_are_named_and_the_correction_and_nothing_e
     if "canvas" in expected:
         assert {"canvas.components", "canvas.flow.high"} <= changed
         assert "canvas.grain_mix" not in changed
+
+
+def test_refit_refuses_what_belongs_to_another_model(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    IterativeGenerator(COMPACT).save_pretrained(tmp_path / "model")
+    arguments = ("--data", data, "--out", tmp_path / "after", "--model", tmp_path / "model")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "refit.py", *arguments)
+    assert "--model needs --noise-encoder" in capsys.readouterr().err
+    other = NoiseEncoderConfig(width=4, z_dim=COMPACT.z_dim + 1, places=True, window=COMPACT.window)
+    NoiseEncoder(other).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="noise_encoder: it is of another model, its z_dim is 7, the generator's 6"):
+        run(monkeypatch, "refit.py", *arguments, "--noise-encoder", tmp_path / "other")
+    objects = (*COMPACT.objects[1:], COMPACT.objects[0])
+    IterativeGenerator(dataclasses.replace(COMPACT, objects=objects)).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "refit.py", *arguments, "--noise-encoder", "iclevr-64-noise-encoder")
+    assert "--data: its objects.json must name the model's objects" in capsys.readouterr().err
+    assert not (tmp_path / "after").exists()
 
 
 def test_refit_needs_a_number_of_epochs(
@@ -223,7 +244,7 @@ def test_finetune_refuses_the_noise_encoder_of_another_model(
     arguments = ("--data", data, "--out", tmp_path / "tuned", "--model", tmp_path / "model")
     other = NoiseEncoderConfig(width=4, z_dim=COMPACT.z_dim, places=True, window=32)
     NoiseEncoder(other).save_pretrained(tmp_path / "other")
-    with pytest.raises(SystemExit, match="of another model, with another window"):
+    with pytest.raises(ValueError, match="noise_encoder: it is of another model, its window is 32, the generator's"):
         run(monkeypatch, "finetune.py", *arguments, "--noise-encoder", tmp_path / "other")
     assert not (tmp_path / "tuned").exists()
 

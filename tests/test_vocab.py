@@ -108,3 +108,9 @@ def test_a_name_is_spelled_in_words() -> None:
     assert vocabulary.spelling().tolist() == expected
     assert len(Vocabulary().words) == 11
     assert (Vocabulary().spelling().sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("names", [["red cube", "cube red"], ["big cube", "big big cube"]])
+def test_names_of_the_same_words_are_not_told_apart_by_them(names: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"{names[0]!r} and {names[1]!r} have the same words: rename one"):
+        Vocabulary(names).spelling()
