@@ -39,7 +39,10 @@ generator = IterativeGenerator.from_pretrained(args.model).train()
 name = args.noise_encoder or (None if args.model else "iclevr-64-noise-encoder")
 noise_encoder = NoiseEncoder.from_pretrained(name) if name else None  # without one, noise is random
 if noise_encoder is not None:
-    check_noise_encoder(noise_encoder, generator)
+    try:
+        check_noise_encoder(noise_encoder, generator)
+    except ValueError as error:
+        parser.error(str(error))
 data = SceneDataset(prepare(args.data, image_size=generator.image_size).path, "train")
 if data.vocabulary.names != generator.vocabulary.names:
     raise SystemExit(f"{args.data}: its objects.json must name the model's objects: {generator.vocabulary.names}")

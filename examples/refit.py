@@ -51,7 +51,10 @@ def main() -> None:
         parser.error("--model needs --noise-encoder: that of another training gives its codes another meaning")
     generator = IterativeGenerator.from_pretrained(args.model)
     noise_encoder = NoiseEncoder.from_pretrained(args.noise_encoder or "iclevr-64-noise-encoder")
-    check_noise_encoder(noise_encoder, generator)
+    try:
+        check_noise_encoder(noise_encoder, generator)
+    except ValueError as error:
+        parser.error(str(error))
     data = SceneDataset(args.data, "train", image_size=generator.image_size)
     if data.vocabulary.names != generator.vocabulary.names:
         parser.error(f"--data: its objects.json must name the model's objects: {generator.vocabulary.names}")

@@ -262,6 +262,15 @@ def test_a_generator_without_correction_is_an_error() -> None:
         )
 
 
+@pytest.mark.parametrize("change", [{"z_dim": COMPACT.z_dim + 1}, {"window": 32}, {"image_size": 128}])
+def test_codes_are_not_asked_of_the_noise_encoder_of_another_model(change: dict[str, int]) -> None:
+    fitting = NoiseEncoderConfig(width=4, z_dim=COMPACT.z_dim, places=True, window=COMPACT.window)
+    other, (field, value) = NoiseEncoder(replace(fitting, **change)), *change.items()
+    pixels, objects = torch.zeros(2, 2, 3, 64, 64, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"noise_encoder: it is of another model, its {field} is {value}"):
+        code_turns(IterativeGenerator(COMPACT), other, pixels, objects, torch.zeros(2, 1, 2))
+
+
 def test_codes_of_turns_come_with_what_the_generator_knows_of_each(data: Path) -> None:
     generator = lively_generator(COMPACT)
     noise_encoder = NoiseEncoder(NoiseEncoderConfig(width=4, z_dim=6, places=True, window=40)).train()
