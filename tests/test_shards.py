@@ -268,32 +268,29 @@ def test_a_set_is_drawn_in_batches(compact: IterativeGenerator, tmp_path: Path) 
         draw_set(compact, source, tmp_path / "out", progress=False)
 
 
-@pytest.mark.parametrize(("batch_size", "chunk"), [(None, 64), (48, 48), (20, 60), (100, 100)])
-def test_batches_are_filled(
-    batch_size: int | None, chunk: int, compact: IterativeGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chunks = []
+@pytest.fixture
+def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many pictures each chunk of a set is; none of them is drawn."""
+    sizes: list[int] = []
 
     def not_drawn(generator: object, chunk: list[Any], *args: object) -> Iterator[Any]:
-        chunks.append(len(chunk))
+        sizes.append(len(chunk))
         return iter(())
 
     monkeypatch.setattr(shards, "_drawn", not_drawn)
+    return sizes
+
+
+@pytest.mark.parametrize(("batch_size", "chunk"), [(None, 64), (48, 48), (20, 60), (100, 100)])
+def test_batches_are_filled(
+    batch_size: int | None, chunk: int, chunks: list[int], compact: IterativeGenerator, tmp_path: Path
+) -> None:
     source = write_list(tmp_path, ['["red cube"]'] * 230)
     draw_set(compact, source, tmp_path / "out", batch_size=batch_size, progress=False)
     assert chunks == [chunk] * (230 // chunk) + [230 % chunk]
 
 
-def test_memory_does_not_grow_with_the_list(
-    compact: IterativeGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chunks = []
-
-    def not_drawn(generator: object, chunk: list[Any], *args: object) -> Iterator[Any]:
-        chunks.append(len(chunk))
-        return iter(())
-
-    monkeypatch.setattr(shards, "_drawn", not_drawn)
+def test_memory_does_not_grow_with_the_list(compact: IterativeGenerator, tmp_path: Path, chunks: list[int]) -> None:
     peaks = []
     for count in (1_000, 10_000):
         source = write_list(tmp_path, ['["red cube", "blue sphere"]'] * count)
