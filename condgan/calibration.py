@@ -67,7 +67,6 @@ class CodedTurns(NamedTuple):
     """(S, T) ids of what was added."""
 
 
-@torch.no_grad()
 def check_noise_encoder(noise_encoder: NoiseEncoder, generator: IterativeGenerator) -> None:
     """Refuse a noise encoder that cannot be the one that a generator was trained with.
 
@@ -80,6 +79,7 @@ def check_noise_encoder(noise_encoder: NoiseEncoder, generator: IterativeGenerat
             raise ValueError(f"noise_encoder: it is of another model, its {field} is {theirs}, the generator's {ours}")
 
 
+@torch.no_grad()
 def code_turns(
     generator: IterativeGenerator, noise_encoder: NoiseEncoder, pixels: Tensor, objects: Tensor, places: Tensor | None
 ) -> CodedTurns:

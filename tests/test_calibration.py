@@ -279,6 +279,7 @@ def test_codes_of_turns_come_with_what_the_generator_knows_of_each(data: Path) -
     places = torch.rand(len(pixels), 3, 2) * 40 + 12
     turns = code_turns(generator, noise_encoder, pixels, scenes.objects, places)
     assert noise_encoder.training
+    assert not turns.codes.requires_grad and not turns.conditions.requires_grad, "nobody learns from what is found"
     assert turns.codes.shape == (3 * len(pixels), 6)
     assert turns.places is not None
     torch.testing.assert_close(turns.places[4], places[1, 1])
