@@ -7,7 +7,7 @@ nothing needs labels beyond the names of the objects.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -320,6 +320,8 @@ class Comparison(NamedTuple):
     """Of drawn scenes to real ones (:class:`TwoSampleTest`)."""
     p_value: float
     """Of that distance, if drawn and real scenes were alike."""
+    adjusted_p: float
+    """The same among all statistics that were tested (:func:`adjusted_for_many`)."""
     floor: float
     """Distance of other real scenes to the same real ones."""
     drawn: int
@@ -359,15 +361,40 @@ def compare_layouts(drawn: Layout, real: Layout, other_real: Layout, *, rng_seed
     for field in ("overlap", "visible", "out_of_view"):
         samples[field] = [getattr(layout, field) for layout in layouts]
     samples["rotation"] = [_on_circle(layout.rotation) for layout in layouts]
-    comparisons = {}
+    found, floors = {}, {}
     for name, (of_drawn, of_real, of_other) in samples.items():
         if any(bool(sample.isnan().all()) for sample in (of_drawn, of_real, of_other)):
             continue
         test = energy_test if of_real.ndim == 3 else ks_test
-        found = test(of_drawn, of_real, rng_seed=rng_seed, paired=True)
-        floor = test(of_other, of_real, rng_seed=rng_seed, permutations=0)
-        comparisons[name] = Comparison(found.distance, found.p_value, floor.distance, found.num_first, found.num_second)
-    return comparisons
+        found[name] = test(of_drawn, of_real, rng_seed=rng_seed, paired=True)
+        floors[name] = test(of_other, of_real, rng_seed=rng_seed, permutations=0).distance
+    adjusted = adjusted_for_many([test.p_value for test in found.values()])
+    return {
+        name: Comparison(test.distance, test.p_value, p, floors[name], test.num_first, test.num_second)
+        for (name, test), p in zip(found.items(), adjusted, strict=True)
+    }
+
+
+def adjusted_for_many(p_values: Sequence[float]) -> list[float]:
+    """The p of each test among all of them: at most, the chance that any comes out so small if nothing is there.
+
+    Where the smallest of many is looked at, this is the one to hold against 0.05. It holds however the tests depend on
+    each other.
+
+    Args:
+        p_values: of tests that are looked at together, each from 0 to 1.
+
+    Returns:
+        One for each, in the same order; none smaller than its own p.
+
+    Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    count, largest = len(p_values), 0.0
+    adjusted = [1.0] * count
+    for rank, number in enumerate(sorted(range(count), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (count - rank) * p_values[number]))
+        adjusted[number] = largest
+    return adjusted
 
 
 def _on_circle(degrees: Tensor) -> Tensor:

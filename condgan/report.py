@@ -173,10 +173,10 @@ class EvaluationReport:
         if not all(map(self.is_told, self.measures)):
             yield "* not used: a control does as well, so this number says nothing here"
         if self.layout:
-            yield f"{'layout, 0 alike .. 1 apart':<30}{'drawn':>7}   {'p':<18}{'of':>6}{'real':>8}"
+            yield f"{'layout, 0 alike .. 1 apart':<30}{'drawn':>7}   {'p (among all)':<18}{'of':>6}{'real':>8}"
             for name, found in self.layout.items():
                 label = name.replace("_", " ")
-                p_value = f"{found.p_value:.3f}"
+                p_value = f"{found.p_value:.3f} ({found.adjusted_p:.3f})"
                 yield f"  {label:<28}{found.distance:>7.3f}   {p_value:<18}{found.drawn:>6}{found.floor:>8.3f}"
         real = ""
         if self.real_pictures:

@@ -15,6 +15,7 @@ from torch import Tensor
 from condgan.layout import (
     Layout,
     TwoSampleTest,
+    adjusted_for_many,
     compare_layouts,
     cube_rotation,
     energy_test,
@@ -293,6 +294,16 @@ def test_layouts_are_compared_statistic_by_statistic() -> None:
     assert larger["area_later"].distance > 0.9
     assert larger["area_first"].distance == 0
     assert larger["area_later"].floor == pytest.approx(alike["area_later"].floor)
+    adjusted = adjusted_for_many([comparison.p_value for comparison in shifted.values()])
+    assert [comparison.adjusted_p for comparison in shifted.values()] == adjusted
     near = compare_layouts(real._replace(place=real.place + 0.5), real, other, rng_seed=0)
     assert near["place_later"].p_value <= 0.002, "a drawn scene is held against its own real one"
     assert near["place_later"].distance < near["place_later"].floor
+
+
+def test_p_among_many_tests_is_holms() -> None:
+    assert adjusted_for_many([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])  # 3 x; 2 x; not below that
+    assert adjusted_for_many([0.5, 0.4]) == pytest.approx([0.8, 0.8])
+    assert adjusted_for_many([0.9, 0.6]) == [1.0, 1.0]
+    assert adjusted_for_many([0.2]) == [0.2]
+    assert adjusted_for_many([]) == []

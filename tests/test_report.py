@@ -73,10 +73,10 @@ def test_short_names_repeat_the_measures() -> None:
 
 
 def test_text_has_a_line_for_every_measure_and_statistic() -> None:
-    layout = {"place_later": Comparison(distance=0.123, p_value=0.04, floor=0.05, drawn=20, real=30)}
+    layout = {"place_later": Comparison(distance=0.123, p_value=0.04, adjusted_p=0.2, floor=0.05, drawn=20, real=30)}
     lines = str(report_of(layout, accuracy=Measure(drawn=0.9, ci95=(0.8, 0.95), samples=3))).splitlines()
     assert all(any(line.startswith(kind.label) for line in lines) for kind in MEASURES.values())
     (line,) = [line.split() for line in lines if "place later" in line]
-    assert line == ["place", "later", "0.123", "0.040", "20", "0.050"]
+    assert line == ["place", "later", "0.123", "0.040", "(0.200)", "20", "0.050"]
     (line,) = [line.split() for line in lines if line.startswith("accuracy")]
     assert line == ["accuracy", "0.900", "0.800", "..", "0.950", "3", "-", "-", "-", "-"]

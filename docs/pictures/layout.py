@@ -28,8 +28,8 @@ def values(layout: Layout, field: str) -> Tensor:
 def title(field: str, found: dict[str, Comparison]) -> str:
     """What the two-sample test of a statistic says."""
     name = field if field in found else f"{field}_later"
-    distance, p_value, floor = found[name][:3]
-    return f"{name.replace('_', ' ')}: {distance:.3f}, floor {floor:.3f}, p {p_value:.3f}"
+    test = found[name]
+    return f"{name.replace('_', ' ')}: {test.distance:.3f}, floor {test.floor:.3f}, p {test.p_value:.3f}"
 
 
 generator = IterativeGenerator.from_pretrained(sys.argv[2] if len(sys.argv) > 2 else None)
