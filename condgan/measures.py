@@ -7,6 +7,7 @@ pictures of one group are alike and count as one observation.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ def _middle_95(resampled: Tensor) -> Interval:
     return low, high
 
 
-def ratio(values: Tensor, weights: Tensor, groups: int, samples: int | None = None) -> Score:
+def ratio(values: Tensor, weights: Tensor, groups: int, samples: int | None = None, *, share: bool = False) -> Score:
     """Sum of values / sum of weights, with its interval.
 
     Args:
@@ -53,12 +54,18 @@ def ratio(values: Tensor, weights: Tensor, groups: int, samples: int | None = No
         groups: number of groups, of N / groups pictures each; those whose weights are all zero are left out. One
             group says nothing of others: there is no interval.
         samples: of the score; None is the sum of the weights.
+        share: whether ``values`` are a part of what ``weights`` count; the interval is then
+            :func:`condgan.metrics.share_interval`, else :func:`condgan.metrics.bootstrap_interval`.
     """
     values, weights = (x.double().reshape(groups, -1).sum(1) for x in (values, weights))
     values, weights = values[weights > 0], weights[weights > 0]
     if len(weights) == 0:
         return NOTHING
-    interval = metrics.bootstrap_interval(values, weights, rng_seed=0) if len(weights) > 1 else None
+    interval = None
+    if len(weights) > 1 and share:
+        interval = metrics.share_interval(values, weights)
+    elif len(weights) > 1:
+        interval = metrics.bootstrap_interval(values, weights, rng_seed=0)
     return Score(float(values.sum() / weights.sum()), interval, int(weights.sum()) if samples is None else samples)
 
 
@@ -127,7 +134,7 @@ def rightness(
     def share(values: Tensor, weights: Tensor, samples: Tensor) -> Score:
         if importance is not None:
             values, weights = values * importance, weights * importance
-        return ratio(values, weights, groups, int(samples.sum()))
+        return ratio(values, weights, groups, int(samples.sum()), share=True)
 
     return {
         "accuracy": share(metrics.top_k_found(logits, asked), num_asked, num_asked),
@@ -166,7 +173,7 @@ def retention(logits: Tensor, scenes: Scenes, groups: int) -> Score:
     seen = (logits.sigmoid() > 0.5) & (scenes.asked > 0.5)
     before = seen[:, :-1] & scenes.present[:, 1:, None]
     kept = before & seen[:, 1:]
-    return ratio(kept.sum((1, 2)), before.sum((1, 2)), groups)
+    return ratio(kept.sum((1, 2)), before.sum((1, 2)), groups, share=True)
 
 
 def surroundings(scenes: Scenes, groups: int) -> dict[str, Score]:
@@ -326,7 +333,17 @@ def memorisation(drawn: Tensor, held_out: Tensor) -> dict[str, Score]:
     Args:
         drawn: (S,) distances to the nearest training picture (:func:`condgan.features.copy_distances`).
         held_out: (R,) the same of held-out real pictures.
+
+    Warns:
+        UserWarning: half of the held-out pictures are training pictures; then nothing is measured.
     """
+    if float(held_out.median()) < metrics.SAME_DISTANCE:
+        warnings.warn(
+            "half of the held-out pictures are among the training pictures: what is near to those cannot be told from "
+            "a copy, and memorisation is not measured. Look at how the splits were made",
+            stacklevel=2,
+        )
+        return dict.fromkeys(("memorisation_ratio", "memorisation_nearer", "memorisation_p"), NOTHING)
     found, several = metrics.memorisation(drawn, held_out, rng_seed=0), min(len(drawn), len(held_out)) > 1
     return {
         "memorisation_ratio": Score(found.ratio, found.ratio_ci95 if several else None, len(drawn)),

@@ -7,6 +7,7 @@ No measure here reads a network: logits and features come in, so that it is alwa
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ DILATION = 6
 """Pixels by which a changed region is grown: soft shadows and edges belong to the change."""
 NEAR_SHARE = 0.01
 """Share of held-out pictures that count as suspiciously near to a training picture."""
+SAME_DISTANCE = 1e-3
+"""Two pictures less than this apart are one (:func:`nearest_distances`): rounding alone makes distances of 1e-7."""
 
 
 def _check_logits(logits: Tensor, objects: Tensor) -> None:
@@ -138,6 +141,54 @@ def bootstrap_interval(
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
+    found, asked = _sums_of_prompts(values, weights, level)
+    rng = torch.Generator().manual_seed(rng_seed)
+    prompts = torch.randint(len(found), (resamples, len(found)), generator=rng)
+    statistic = found[prompts].sum(1) / asked[prompts].sum(1)  # (resamples,)
+    low, high = statistic.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def share_interval(found: Tensor, asked: Tensor, *, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a share, ``sum(found) / sum(asked)``, that can be trusted near 0 and 1 too.
+
+    There a bootstrap is too narrow: where everything was found, so it was in all resamples. This is Wilson's interval
+    for n objects that were found or not independently of each other, n being ``sum(asked)`` divided by how much more
+    the prompts differ than such objects would (the design effect; at least 1). Where all or nothing was found, the
+    prompts do not say how alike the draws of one prompt are; then n is between the number of prompts and that of
+    objects, their geometric mean.
+
+    Args:
+        found: (P,) or (P, D) what was found for each of P prompts, in each of D draws; P at least 2.
+        asked: same shape, what was asked; positive, and not less than ``found``.
+        level: share of such intervals that hold the truth.
+
+    Returns:
+        Low and high end.
+
+    Raises:
+        ValueError: shapes differ, ``asked`` is not positive or less than ``found``, there is one prompt or none, or
+            ``level`` is not in (0, 1).
+
+    Source: Wilson 1927; with the effective number of observations after Korn and Graubard 1998, Survey Methodology 24,
+    as compared by Dean and Pagano 2015, doi:10.1093/jssam/smv024; the geometric mean is ours.
+    """
+    found, asked = _sums_of_prompts(found, asked, level)
+    if len(found) < 2 or bool(((found < 0) | (found > asked)).any()):
+        raise ValueError("found must be from 0 to asked, of two prompts or more: one says nothing of others")
+    prompts, count = len(found), float(asked.sum())
+    share = float(found.sum()) / count
+    independent = share * (1 - share) / count
+    variance = prompts / (prompts - 1) * float((found - share * asked).square().sum()) / count**2
+    n = math.sqrt(prompts * count) if variance == 0 else count * min(1.0, independent / variance)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    middle, spread = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    low, high = (middle - spread) / (1 + z**2 / n), (middle + spread) / (1 + z**2 / n)
+    return max(low, 0.0), min(high, 1.0)
+
+
+def _sums_of_prompts(values: Tensor, weights: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """Both (P,) float64 on the CPU, over all draws of each prompt; raises ValueError unless an interval can be made."""
     if values.shape != weights.shape or values.ndim not in (1, 2) or values.numel() == 0:
         raise ValueError(
             f"values and weights must be (P,) or (P, D), not empty and of one shape, "
@@ -147,12 +198,8 @@ def bootstrap_interval(
         raise ValueError("weights must be positive: every prompt asks for something")
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}")
-    found, asked = (x.cpu().double().reshape(len(x), -1).sum(1) for x in (values, weights))  # (P,)
-    rng = torch.Generator().manual_seed(rng_seed)
-    prompts = torch.randint(len(found), (resamples, len(found)), generator=rng)
-    statistic = found[prompts].sum(1) / asked[prompts].sum(1)  # (resamples,)
-    low, high = statistic.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return low, high
+    found, asked = (x.cpu().double().reshape(len(x), -1).sum(1) for x in (values, weights))
+    return found, asked
 
 
 class Gaussian(NamedTuple):
@@ -404,7 +451,8 @@ def memorisation(drawn: Tensor, held_out: Tensor, *, rng_seed: int, resamples: i
         resamples: how often both sets are drawn from themselves with replacement; percentile intervals.
 
     Raises:
-        ValueError: distances are not finite (S,) and (R,), negative or none, or half of those held out are zero.
+        ValueError: distances are not finite (S,) and (R,), negative or none, or half of those held out are none
+            (below :data:`SAME_DISTANCE`).
 
     Source: ours, after the copying test of Meehan et al. 2020, arXiv:2004.05675; the distribution: Wilks 1942,
     Statistical prediction with special reference to the problem of tolerance limits.
@@ -413,7 +461,7 @@ def memorisation(drawn: Tensor, held_out: Tensor, *, rng_seed: int, resamples: i
         if values.ndim != 1 or len(values) == 0 or not (values.isfinite() & (values >= 0)).all():
             raise ValueError(f"{name} must be finite distances (S,), none negative, got {tuple(values.shape)}")
     near, far = drawn.detach().cpu().double(), held_out.detach().cpu().double()
-    if far.quantile(0.5) == 0:
+    if far.quantile(0.5) < SAME_DISTANCE:
         raise ValueError("held_out has a median of zero: these pictures are among the training pictures")
     rank = max(1, round(NEAR_SHARE * len(far)))
 

@@ -24,6 +24,7 @@ from condgan.datasets import SceneDataset, scene_split
 from condgan.drawing import Redraw, SceneModel, parse_best_of
 from condgan.functional import evaluating
 from condgan.images import from_uint8, grid, to_pil, to_uint8
+from condgan.metrics import share_interval
 from condgan.precision import autocast
 from condgan.requests import parse_scenes, parse_seed
 from condgan.scenes import SceneDrawer, open_real
@@ -230,7 +231,13 @@ def _images(pictures: Tensor, device: torch.device) -> Tensor:
 
 
 def _interval(right: Tensor) -> tuple[float, float]:
-    """95 % interval of the mean of (seeds, 2, N) float64, by resampling seeds, and the pictures of each kind."""
+    """95 % interval of the mean of (seeds, 2, N) float64, by resampling seeds, and the pictures of each kind.
+
+    Where all are right, or none, all resamples are alike: then it is that of a share, over pictures.
+    """
+    if right.min() == right.max():
+        of_pictures = right.flatten(1).T
+        return share_interval(of_pictures, torch.ones_like(of_pictures))
     rng = torch.Generator().manual_seed(0)
 
     def times(count: int) -> Tensor:  # how often each of ``count`` is taken: (RESAMPLES, count)

@@ -3,8 +3,8 @@
     python examples/beyond.py --data iclevr --markdown --sheet beyond
 
 Longer lists, the same object twice, one turn drawn again and again, and objects added to pictures from elsewhere. The
-judge, which only reports, says which objects are there. Every row has its number of pictures and a 95 % interval, by
-bootstrap over what was asked; nothing is selected.
+judge, which only reports, says which objects are there. Every row has its number of pictures and a 95 % interval
+over what was asked; nothing is selected.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ class Experiments:
             ("exact", exact, torch.ones_like(exact)),
         ):
             row[measure] = float(values.sum() / weights.sum())
-            interval = metrics.bootstrap_interval(values.view(shape), weights.view(shape), rng_seed=self.seed)
-            row[f"{measure}_ci95"] = list(interval)
+            several = len(asked) > 1  # one list says nothing of others
+            interval = metrics.share_interval(values.view(shape), weights.view(shape)) if several else None
+            row[f"{measure}_ci95"] = interval and list(interval)
         self.rows.append(row | more)
         print(json.dumps(self.rows[-1]), file=sys.stderr, flush=True)
         if self.sheet is not None:
@@ -220,8 +221,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [row["experiment"], f"{row['pictures']:,}"]
         for measure in ("accuracy", "exact"):
-            low, high = row[f"{measure}_ci95"]
-            cells.append(f"{row[measure]:.3f} ({low:.3f} to {high:.3f})")
+            interval = row[f"{measure}_ci95"]
+            cells.append(f"{row[measure]:.3f}" + (" ({:.3f} to {:.3f})".format(*interval) if interval else ""))
         cells.append("; ".join(text.format(row[key]) for key, text in notes.items() if key in row))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -72,7 +72,7 @@ def score(
     ):
         values = torch.tensor(hits, dtype=torch.float64).view(len(group), draws)
         report[name] = float(values.mean())
-        report[f"{name}_ci95"] = list(metrics.bootstrap_interval(values, torch.ones_like(values), rng_seed=0))
+        report[f"{name}_ci95"] = list(metrics.share_interval(values, torch.ones_like(values)))
     return report
 
 

@@ -22,6 +22,7 @@ from condgan.counter import STRIDE, ObjectCounter, find_centres, match_places
 from condgan.datasets import SceneDataset, augment_scene
 from condgan.functional import changed_region, local_mean, place_map, place_of_change
 from condgan.images import from_uint8
+from condgan.metrics import share_interval
 from condgan.precision import autocast
 
 HALF, SEED = 1, 303  # the half of the judge, a seed of its own
@@ -249,17 +250,6 @@ def fix_threshold(model: ObjectCounter, scenes: Scenes) -> float:
     return best[len(best) // 2] / 100
 
 
-def wilson_interval(share: float, number: int) -> tuple[float, float]:
-    """95 % interval of a share of ``number`` independent trials: Wilson 1927; also where all were right.
-
-    Pictures of a scene are alike, so the trials are scenes: that makes the interval too wide rather than too narrow.
-    """
-    z = 1.96
-    centre = share + z**2 / (2 * number)
-    half = z * (share * (1 - share) / number + z**2 / (4 * number**2)) ** 0.5
-    return round((centre - half) / (1 + z**2 / number), 4), round((centre + half) / (1 + z**2 / number), 4)
-
-
 def score(model: ObjectCounter, scenes: Scenes) -> dict[str, object]:
     """Right counts and distances on every real picture, and on pictures with one object too many or too few."""
     rng = torch.Generator().manual_seed(SEED)
@@ -275,8 +265,9 @@ def score(model: ObjectCounter, scenes: Scenes) -> dict[str, object]:
     for name, pictures in (("real", real), ("one_more", more), ("one_fewer", fewer)):
         right = is_right(heat_maps(model, pictures.images), pictures.kinds, model.config.threshold)
         report[name] = {"pictures": len(right), "right": round(float(right.mean()), 4)}
-        if name == "real":
-            report["real_ci95"] = wilson_interval(float(right.mean()), num_scenes)
+        if name == "real" and num_scenes > 1:  # one says nothing of others
+            of_scenes = right.view(num_scenes, num_turns)
+            report["real_ci95"] = [round(end, 4) for end in share_interval(of_scenes, torch.ones_like(of_scenes))]
     distances = []
     wanted_total = 0
     for found, places, kinds in zip(model.places(real.images), real.places, real.kinds, strict=True):

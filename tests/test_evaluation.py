@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from condgan import drawing, evaluation, layout, scenes
+from condgan import drawing, evaluation, layout, metrics, scenes
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.configs import GeneratorConfig
 from condgan.counter import ObjectCounter, ObjectCounterConfig
@@ -191,7 +191,10 @@ RIGHTNESS = ("accuracy", "exact", "object_precision", "object_recall", "object_f
 def test_a_drawer_without_faults_scores_one(score: Score) -> None:
     report = score(_honest, draws=3)
     assert _drawn(report, *RIGHTNESS) == [1] * 7
-    assert [report.measures[name].ci95 for name in RIGHTNESS] == [(1, 1)] * 7
+    sizes = torch.tensor([len(names) for names in LISTS])
+    assert report.measures["accuracy"].ci95 == metrics.share_interval(3 * sizes, 3 * sizes)
+    ends = [report.measures[name].ci95 for name in RIGHTNESS]
+    assert all(0.3 < low < high == 1 for low, high in ends), "four lists do not make it sure"
     assert [report.measures[name].samples for name in RIGHTNESS] == [21, 12, 21, 21, 21, 12, 9 + 3]
     assert (report.lists, report.objects_asked, report.draws, report.pictures) == (4, 7, 3, 12)
     assert (report.model, report.judge, report.conditions) == ("IterativeGenerator", "_Oracle", "given lists")
@@ -204,9 +207,8 @@ def test_a_missing_object_costs_what_it_should(score: Score) -> None:
     # other middles are floor, equally dark, and the lowest id wins.
     report = score(_forgetful, draws=5)
     assert _drawn(report, *RIGHTNESS) == pytest.approx([6 / 7, 3 / 4, 1, 6 / 7, 12 / 13, 3 / 4, 1])
-    low, high = report.measures["accuracy"].ci95
-    assert 2 / 3 <= low < 6 / 7 < high == 1
-    assert low == pytest.approx(2 / 3, abs=0.1)  # a resample may well hold the faulty list only or twice
+    sizes = torch.tensor([len(names) for names in LISTS])
+    assert report.measures["accuracy"].ci95 == metrics.share_interval(5 * (sizes - (sizes == 3).int()), 5 * sizes)
 
 
 def test_a_ghost_costs_precision_and_count(score: Score) -> None:
@@ -236,7 +238,7 @@ def test_an_object_that_is_lost_costs_retention(score: Score) -> None:
     measure = report.measures["retention"]
     assert measure.drawn == pytest.approx(3 / 4)  # kept: one in the pair; one after turn 2 and one of two after turn 3
     assert measure.samples == 8
-    assert measure.ci95 == (pytest.approx(2 / 3), 1)
+    assert measure.ci95 == metrics.share_interval(2 * torch.tensor([1, 2]), 2 * torch.tensor([1, 3]))
 
 
 def test_pictures_of_other_lists_score_low(score: Score) -> None:
@@ -678,14 +680,15 @@ def test_report_is_json_and_a_table(score: Score, tmp_path: Path, capsys: pytest
         *("real_accuracy", "real_exact", "frechet_distance", "preservation", "diversity", "seconds"),
     }
     assert fields["conditions"] == "test.json"
-    assert fields["accuracy_ci95"] == [1, 1]
+    low, high = fields["accuracy_ci95"]
+    assert 0 < low < high == 1
     assert (fields["accuracy"], fields["real_accuracy"], fields["matched_accuracy"]) == (1, 1, 1)
     assert fields["measures"].keys() == MEASURES.keys()
-    assert fields["measures"]["accuracy"]["ci95"] == [1, 1]
+    assert fields["measures"]["accuracy"]["ci95"] == [low, high]
     lines = str(report).splitlines()
     assert all(len(line) <= 100 for line in lines)
     (accuracy,) = [line.split() for line in lines if line.startswith("accuracy")]
-    assert accuracy[:8] == ["accuracy", "1.000", "1.000", "..", "1.000", "14", "1.000", "1.000"]
+    assert accuracy[:8] == ["accuracy", "1.000", f"{low:.3f}", "..", "1.000", "14", "1.000", "1.000"]
     assert f"{report.measures['preservation'].drawn:.3f}" in str(report)
     silent = score(_honest, file, draws=1)
     assert capsys.readouterr().err == ""

@@ -297,8 +297,9 @@ def test_beyond_reports_every_experiment(
     for row in rows:
         assert row["pictures"] >= row["lists"] > 0
         for measure in ("accuracy", "exact"):
-            low, high = row[f"{measure}_ci95"]
+            low, high = row[f"{measure}_ci95"] or (0, 1)
             assert 0 <= low <= row[measure] <= high <= 1
+            assert (row[f"{measure}_ci95"] is None) == (row["lists"] == 1)
     assert (
         len({row["experiment"] for row in rows})
         == len(rows)

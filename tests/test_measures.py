@@ -15,6 +15,7 @@ from condgan.measures import (
     diversity,
     importance_like,
     jackknife,
+    memorisation,
     place_errors,
     quantile,
     quotient,
@@ -50,6 +51,9 @@ def test_ratio_is_of_sums_and_leaves_out_groups_without_weight() -> None:
     assert score.value == pytest.approx(6 / 8)
     assert score.samples == 8
     assert score.ci95 == metrics.bootstrap_interval(torch.tensor([3.0, 3]), torch.tensor([4.0, 4]), rng_seed=0)
+    of_share = ratio(torch.tensor([1, 2, 0, 0, 3, 0]), torch.tensor([2, 2, 0, 0, 3, 1]), groups=3, share=True)
+    assert of_share.ci95 == metrics.share_interval(torch.tensor([3.0, 3]), torch.tensor([4.0, 4]))
+    assert of_share[::2] == score[::2]
     assert ratio(torch.zeros(4), torch.zeros(4), groups=2) == NOTHING
     assert ratio(torch.ones(4), torch.ones(4), groups=2, samples=9).samples == 9
     assert ratio(torch.tensor([1, 0, 0, 0]), torch.tensor([1, 1, 0, 0]), groups=2) == Score(0.5, None, 2)
@@ -185,3 +189,11 @@ def test_diversity_by_real_pairs_is_as_unsure_as_few_sets_make_it() -> None:
     assert of_one_set["diversity_ratio"].ci95 is None
     real.pictures[:] = 0
     assert "diversity_ratio" not in diversity(final, one, real)
+
+
+def test_memorisation_is_not_measured_where_held_out_pictures_are_training_pictures() -> None:
+    drawn, held_out = torch.tensor([3.0, 4.0, 5.0]), torch.tensor([2e-7, 4e-7, 6.0])
+    with pytest.warns(UserWarning, match="half of the held-out pictures are among the training pictures"):
+        scores = memorisation(drawn, held_out)
+    assert scores.keys() == memorisation(drawn, held_out + 1).keys()
+    assert set(scores.values()) == {NOTHING}

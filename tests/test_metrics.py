@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -163,6 +164,64 @@ def test_interval_refuses_what_does_not_fit() -> None:
         metrics.bootstrap_interval(torch.ones(3), torch.tensor([1.0, 0.0, 1.0]), rng_seed=0)
     with pytest.raises(ValueError, match=r"level .* 95"):
         metrics.bootstrap_interval(torch.ones(3), torch.ones(3), rng_seed=0, level=95)
+
+
+def _scenarios() -> list[tuple[int, int, float, float | None]]:
+    """Prompts, draws of each, true share, and how alike prompts are: Beta's a + b, None being all alike."""
+    return [
+        (256, 1, 0.995, None),
+        (256, 1, 0.002, None),
+        (32, 64, 0.998, None),
+        (32, 64, 0.998, 20.0),
+        (32, 64, 0.9998, 20.0),
+        (317, 3, 0.99, 5.0),
+        (84, 8, 0.5, 2.0),
+    ]
+
+
+@pytest.mark.parametrize(("prompts", "draws", "truth", "alike"), _scenarios())
+def test_share_interval_holds_the_truth_near_the_ends_too(
+    prompts: int, draws: int, truth: float, alike: float | None
+) -> None:
+    rng = np.random.default_rng(0)
+    asked = torch.full((prompts,), float(draws))
+    covered = 0
+    for _ in range(300):
+        share = truth if alike is None else rng.beta(truth * alike, (1 - truth) * alike, prompts)
+        found = torch.from_numpy(np.atleast_1d(rng.binomial(draws, share, prompts)).astype(float))
+        low, high = metrics.share_interval(found, asked)
+        covered += low <= truth <= high
+    assert covered / 300 > 0.9  # nominal 0.95, standard error 0.013
+
+
+def test_share_interval_by_hand() -> None:
+    low, high = metrics.share_interval(torch.tensor([1.0] * 8 + [0.0] * 2), torch.ones(10))
+    # Wilson: 10 objects, one a prompt, would vary by 0.8 * 0.2 / 10; prompts do by 1 / 9 of that more
+    n, z = 9, 1.959964
+    middle, spread = 0.8 + z**2 / (2 * n), z * math.sqrt(0.16 / n + z**2 / (4 * n**2))
+    assert (low, high) == pytest.approx(((middle - spread) / (1 + z**2 / n), (middle + spread) / (1 + z**2 / n)))
+    assert metrics.share_interval(torch.ones(4, 9), torch.ones(4, 9)) == (pytest.approx(12 / (12 + z**2)), 1)
+    assert metrics.share_interval(torch.zeros(4, 9), torch.ones(4, 9)) == (0, pytest.approx(z**2 / (12 + z**2)))
+
+
+def test_share_interval_does_not_shrink_with_draws_that_are_alike() -> None:
+    found = (torch.arange(32) % 2).float()
+    once = metrics.share_interval(found, torch.ones(32))
+    assert metrics.share_interval(found[:, None].repeat(1, 50), torch.ones(32, 50)) == pytest.approx(once)
+    narrow = metrics.share_interval(found, torch.ones(32), level=0.5)
+    assert once[0] < narrow[0] < 0.5 < narrow[1] < once[1]
+
+
+def test_share_interval_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="two prompts or more"):
+        metrics.share_interval(torch.ones(1), torch.ones(1))
+    for found in (torch.tensor([2.0, 1.0]), torch.tensor([-1.0, 1.0])):
+        with pytest.raises(ValueError, match="from 0 to asked"):
+            metrics.share_interval(found, torch.ones(2))
+    with pytest.raises(ValueError, match=r"level .* 95"):
+        metrics.share_interval(torch.ones(3), torch.ones(3), level=95)
+    with pytest.raises(ValueError, match=r"\(3,\) and \(4,\)"):
+        metrics.share_interval(torch.ones(3), torch.ones(4))
 
 
 # ---- Fréchet distance ----------------------------------------------------------------------------------------------
@@ -500,8 +559,9 @@ def test_memorisation_is_seeded_and_refuses_what_does_not_fit() -> None:
     for bad in (torch.zeros(0), torch.rand(2, 3), torch.tensor([-1.0]), torch.tensor([math.nan])):
         with pytest.raises(ValueError, match="drawn must be finite distances"):
             metrics.memorisation(bad, held_out, rng_seed=0)
-    with pytest.raises(ValueError, match="among the training pictures"):
-        metrics.memorisation(drawn, torch.zeros(9), rng_seed=0)
+    for distance in (0.0, 4e-7):  # as rounding leaves it of pictures that are the same
+        with pytest.raises(ValueError, match="among the training pictures"):
+            metrics.memorisation(drawn, torch.full((9,), distance), rng_seed=0)
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------

@@ -186,9 +186,15 @@ def test_interval_of_one_seed_is_that_of_a_share() -> None:
     assert high == pytest.approx(0.6 + half_width, abs=0.004)
 
 
+def test_interval_has_a_width_where_all_are_right_or_none() -> None:
+    right = torch.ones(4, 2, 500, dtype=torch.float64)
+    low, high = realism._interval(right)
+    assert (0.997 < low < 0.999) and high == 1  # of 1,000 to 4,000 that are right
+    assert realism._interval(1 - right) == pytest.approx((0, 1 - low))
+
+
 def test_interval_knows_of_seeds_that_disagree() -> None:
     right = torch.ones(4, 2, 500, dtype=torch.float64)
-    assert realism._interval(right) == pytest.approx((1, 1))
     right[:2] = 0
     assert realism._interval(right) == pytest.approx((0, 1))
 
