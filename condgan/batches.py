@@ -13,6 +13,7 @@ from condgan.datasets import SceneDataset
 from condgan.functional import SCENES_AT_ONCE, places_of_turns
 from condgan.models import IterativeGenerator
 from condgan.ranks import Ranks
+from condgan.requests import parse_whole
 
 
 class Part(NamedTuple):
@@ -70,8 +71,7 @@ class Batch(NamedTuple):
 
 def own_parts(scenes: int, ranks: Ranks, accumulate: int) -> list[Part]:
     """Which of a step's scenes this rank takes: consecutive ones of equal number, or one more or less, in each part."""
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+    accumulate = parse_whole("accumulate", accumulate, 1)
     count = ranks.count * accumulate
     if count > scenes:
         raise ValueError(

@@ -53,6 +53,7 @@ class GeneratorConfig:
     it learns of red things and of cubes tells it what a red cube is, also one that it has never met."""
 
     def __post_init__(self) -> None:
+        _freeze_objects(self)
         _check_image_size(self.image_size)
         _check_at_least(1, width=self.width, condition_dim=self.condition_dim, num_turns=self.num_turns)
         _check_at_least(0, z_dim=self.z_dim, light_components=self.light_components, light_inputs=self.light_inputs)
@@ -88,6 +89,7 @@ class DiscriminatorConfig:
     features, without spectral normalisation."""
 
     def __post_init__(self) -> None:
+        _freeze_objects(self)
         _check_image_size(self.image_size)
         _check_at_least(1, width=self.width, condition_dim=self.condition_dim)
         _check_at_least(0, light_inputs=self.light_inputs)
@@ -113,6 +115,12 @@ class NoiseEncoderConfig:
         _check_image_size(self.image_size)
         _check_at_least(1, width=self.width, z_dim=self.z_dim)
         _check_window(self.window, self.image_size, self.places)
+
+
+def _freeze_objects(config: GeneratorConfig | DiscriminatorConfig) -> None:
+    """Make a tuple of a list of names: a list is equal to no tuple of the same names."""
+    if isinstance(config.objects, list):
+        object.__setattr__(config, "objects", tuple(config.objects))
 
 
 def _check_window(window: int | None, image_size: int, places: bool) -> None:

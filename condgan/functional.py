@@ -151,7 +151,7 @@ def rollout(
     _check_finite(conditions=conditions, z=z, start=start)
     encoder = getattr(generator, "encoder", None)
     is_multi_hot = bool(((conditions == 0) | (conditions == 1)).all())  # outputs may be as long as there are objects
-    if encoder is not None and conditions.shape[2] == encoder.num_objects and is_multi_hot:
+    if encoder is not None and conditions.shape[2] == getattr(encoder, "num_objects", None) and is_multi_hot:
         conditions, _ = roll_conditions(encoder, conditions)
     n, turns, _ = conditions.shape
     if z.ndim == 2:

@@ -52,7 +52,7 @@ class ConditionalBatchNorm2d(nn.Module):
     Modes: training normalises with batch statistics and updates the running ones; eval only reads them.
 
     Raises:
-        ValueError: ``condition`` is not (N, D); the message shows both shapes.
+        ValueError: ``x`` is not (N, C, H, W), or ``condition`` not (N, D); the message shows the shapes.
 
     Source: de Vries et al. 2017, arXiv:1707.00683. Unlike the paper, one linear map, no hidden layer.
 
@@ -71,6 +71,8 @@ class ConditionalBatchNorm2d(nn.Module):
         self._folded = Derived(partial(_folded, eps=self.bn.eps))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.bn.num_features:
+            raise ValueError(f"x must be (N, {self.bn.num_features}, H, W), got {tuple(x.shape)}")
         if condition.shape != (x.shape[0], self.fc.in_features):
             raise ValueError(
                 f"condition must be (N, {self.fc.in_features}) for x of shape {tuple(x.shape)}, "

@@ -68,6 +68,9 @@ class SceneLight(nn.Module):
         image: (N, 3, H, W) in [-1, 1]; no gradient flows back to it.
         output: (N, K) float32, over empty scenes each of mean 0, variance 1 and uncorrelated.
 
+    Raises:
+        ValueError: ``num_inputs`` is not from 1 to 192.
+
     Source: principal components with squares left out, Tipping and Bishop 1999, "Probabilistic principal component
     analysis", section 4.
     """
@@ -77,6 +80,11 @@ class SceneLight(nn.Module):
 
     def __init__(self, num_inputs: int) -> None:
         super().__init__()
+        most = 3 * SQUARES**2
+        if not 1 <= num_inputs <= most:
+            raise ValueError(
+                f"light_inputs must be from 1 to {most}, as many as colours are looked at, got {num_inputs}"
+            )
         self.register_buffer("mean", torch.zeros(3, SQUARES, SQUARES))
         self.register_buffer("components", torch.zeros(num_inputs, 3, SQUARES, SQUARES))
         self._equations = Derived(_Equations.of)

@@ -7,7 +7,7 @@ How an objective is used, with ``d`` any discriminator that returns logits and o
 
     objective = OBJECTIVES["relativistic"]
     loss = objective.discriminator(
-        real_logits=..., fake_logits=..., real_object_logits=..., fake_object_logits=..., objects=objects)
+        real_logits=..., fake_logits=..., real_object_logits=..., objects=objects)
     loss = loss + objective.penalty(real_logits=..., real=real, fake_logits=..., fake=fake)
     loss.mean().backward()
 """

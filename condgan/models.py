@@ -516,5 +516,7 @@ class NoiseEncoder(PretrainedModel):
         view = look([prev_image, image], place, self.config.window)
         before, after = view.images
         x = torch.cat((after, after - before, *view.maps), 1)
+        x = x.to(self.linear.weight.dtype)
         x = self.stages(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(self.linear(torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)).float())
+        code = self.linear(torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1))
+        return self.norm(code.to(self.norm.running_mean))  # in float32, unless the network was made coarser or finer

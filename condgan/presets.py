@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import get_type_hints
 
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.losses import OBJECTIVES
 from condgan.requests import parse_seed
+
+LEARNING_RATES = ("lr_generator", "lr_discriminator", "lr_encoder", "lr_reconstruction")
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,15 @@ class TrainConfig:
         for name in ("batch_scenes", "penalty_interval", "ema_halflife_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("images", "reconstruction_images", "reconstruction_weight", "legibility_weight", "decay_images"):
+        for name in ("images", "reconstruction_images", "decay_images"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in (*LEARNING_RATES, "reconstruction_weight", "legibility_weight"):
+            value = getattr(self, name)
+            if not (isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number, not negative, got {value}")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 must be from 0 to less than 1, got {self.beta2}")
         for name in ("own_pictures", "history_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share, from 0 to 1, got {getattr(self, name)}")

@@ -137,13 +137,20 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
         :class:`Ranks`; a process that was started alone is the only one.
 
     Raises:
-        ValueError: more processes were started on this machine than it has GPUs.
+        ValueError: more processes were started on this machine than it has GPUs, ``device`` cannot be used, or the
+            variables say of several processes but not where they meet.
     """
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), own_device(device))
         return
     _, count = launched()
-    if count == 1 or not dist.is_available() or any(name not in os.environ for name in MEETING_POINT):
+    missing = [name for name in MEETING_POINT if name not in os.environ]
+    if count > 1 and missing:
+        raise ValueError(
+            f"{count} processes were started (WORLD_SIZE), but {' and '.join(missing)} is not set, where they meet: "
+            "start them with torchrun, or unset RANK and WORLD_SIZE to train alone"
+        )
+    if count == 1 or not dist.is_available():
         yield Ranks(device=own_device(device))
         return
     own = own_device(device)
@@ -167,9 +174,11 @@ def own_device(device: str | None = None) -> torch.device:
         device: such as ``cpu``, which is taken as it is; None takes a GPU if there is one.
 
     Raises:
-        ValueError: the machine has fewer GPUs than processes.
+        ValueError: the machine has fewer GPUs than processes, or no such device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {device!r} was asked for, but PyTorch finds no GPU here: give cpu, or leave it out")
     if device != "cuda" or "LOCAL_RANK" not in os.environ:
         return torch.device(device)
     number = int(os.environ["LOCAL_RANK"])

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from condgan.batches import TrainingScenes
+from condgan.batches import TrainingScenes, own_parts
 from condgan.classifier import SceneClassifier
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
@@ -79,6 +80,7 @@ def train(
         ValueError: ``out`` holds another run, the data does not fit the configuration, or a step has fewer scenes than
             there are processes.
         TrainingDiverged: several steps in a row were not finite; the last checkpoint is good.
+        BlockingIOError: another process trains in ``out``.
         OSError: ``out`` cannot be written; the last checkpoint is good.
         RankLost: another process of the run has gone; the last checkpoint is good.
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written. After the last step,
@@ -96,23 +98,51 @@ def train(
         raise OSError(f"out: cannot make the folder {str(out)!r} ({error.strerror}): choose another") from None
     checkpoint = out / CHECKPOINT
     try:
-        with joined(device) as ranks:
-            trainer = _ready_trainer(dataset, checkpoint, config, ranks, accumulate, progress and ranks.leads)
-            _run(trainer, out, checkpoint_seconds, progress)
+        with contextlib.ExitStack() as held:
+            with joined(device) as ranks:
+                if ranks.leads:
+                    held.enter_context(_own_folder(out))
+                trainer = _ready_trainer(dataset, checkpoint, config, ranks, accumulate, progress and ranks.leads)
+                _run(trainer, out, checkpoint_seconds, progress)
+            if not ranks.leads:
+                return trainer.ema_generator
+            generator = trainer.finish(progress)
+            _save_models(trainer, generator, out)
     except (TrainingDiverged, RankLost) as error:
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
         raise type(error)(f"{error}; {kept}") from error.__cause__
-    if not trainer.ranks.leads:
-        return trainer.ema_generator
-    generator = trainer.finish(progress)
-    _save_models(trainer, generator, out)
     return generator
+
+
+@contextlib.contextmanager
+def _own_folder(out: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, where its file system can.
+
+    Raises:
+        BlockingIOError: another process trains there.
+    """
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"out: another process trains in {str(out)!r}: wait for it, stop it, or choose another folder"
+        ) from None
+    except NotImplementedError:  # some file systems of clusters know no locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _ready_trainer(
     dataset: SceneDataset, checkpoint: Path, config: TrainConfig, ranks: Ranks, accumulate: int, progress: bool
 ) -> Trainer:
     """Before the first step, or where the checkpoint left off."""
+    own_parts(config.batch_scenes, ranks, accumulate)  # what is wrong is refused before the canvas is fitted
+    verifier = _verifier(config, ranks.device)
     stored = _read_checkpoint(checkpoint, config) if checkpoint.exists() else None
     generator, discriminator, noise_encoder = _fresh_networks(config)
     if stored is None:
@@ -125,7 +155,6 @@ def _ready_trainer(
     for network in (generator, discriminator, noise_encoder):
         if network is not None:
             network.to(ranks.device)
-    verifier = _verifier(config, ranks.device)
     trainer = Trainer(config, scenes, generator, discriminator, noise_encoder, ranks, accumulate, verifier)
     if stored is not None:
         _restore(trainer, stored)
@@ -253,6 +282,12 @@ def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:
         )
     if dataset.vocabulary.names != objects:
         raise ValueError(f"data: its objects are {dataset.vocabulary.names}, the configuration names {objects}")
+    turns = dataset.objects.shape[1]
+    if turns != config.generator.num_turns:
+        raise ValueError(
+            f"data: its scenes have {turns} turns, generator.num_turns is {config.generator.num_turns}: "
+            f"set generator.num_turns={turns}, which the trained model will say of itself"
+        )
 
 
 def _save_models(trainer: Trainer, generator: IterativeGenerator, out: Path) -> None:
@@ -339,8 +374,14 @@ def _read_checkpoint(path: Path, config: TrainConfig) -> StoredRun:
         raise ValueError(f"{str(path)!r} is damaged ({error}): delete it to start the run again") from None
     if metadata is None or not {"config", "counters"} <= metadata.keys():
         raise ValueError(f"{str(path)!r} does not say of which run it is: delete it to start the run again")
-    _check_same_run(json.loads(metadata["config"]), config, path)
-    return StoredRun(json.loads(metadata["counters"]), tensors)
+    stored, counters = json.loads(metadata["config"]), json.loads(metadata["counters"])
+    _check_same_run(stored, config, path)
+    if config.images < min(stored["images"], counters["images"]):
+        raise ValueError(
+            f"{str(path)!r} has seen {counters['images']:,} pictures, more than images={config.images:,}: "
+            "ask for as many or more, or choose another folder"
+        )
+    return StoredRun(counters, tensors)
 
 
 def _check_same_run(stored: dict[str, Any], config: TrainConfig, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Average two generators of one family, weight by weight: often the mean has the strengths of both.
 
     condgan prepare iclevr
-    python examples/average.py run-a/model run-b/model --data iclevr --out mean
+    python examples/average.py run-a/model run-b/model --noise-encoder run-a/noise-encoder --data iclevr --out mean
 
 One must have been trained on from the other, or both from the same weights; the mean of strangers draws nothing. What
 does not average, the statistics of batch norms and the correction of first turns, is measured anew, with the noise
@@ -27,7 +27,11 @@ from condgan.models import NoiseEncoder
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("models", nargs=2, help="names, folders or hub ids of two generators")
 parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on; its train split is used")
-parser.add_argument("--noise-encoder", default="iclevr-64-noise-encoder", help="that both were trained with")
+parser.add_argument(
+    "--noise-encoder",
+    help="that both were trained with, such as RUN/noise-encoder, or iclevr-64-noise-encoder of weights that shipped; "
+    "models with a correction of first turns need it",
+)
 parser.add_argument("--share", type=float, default=0.5, help="of the second model, 0 to 1 (default: 0.5)")
 parser.add_argument("--out", required=True, type=Path, help="folder to write, in 16 bits")
 
@@ -50,6 +54,8 @@ def main() -> None:
     if not 0 <= args.share <= 1:
         parser.error(f"--share must be from 0 to 1, got {args.share}")
     one, other = (IterativeGenerator.from_pretrained(name) for name in args.models)
+    if one.correction is not None and args.noise_encoder is None:
+        parser.error("these models need --noise-encoder: that of another training gives their codes another meaning")
     generator = average(one, other, args.share)
     scenes = TrainingScenes(SceneDataset(args.data, "train"), generator, fit_canvas=False)
     recalibrate(generator, F.one_hot(scenes.objects, scenes.num_objects).float())

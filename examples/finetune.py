@@ -47,6 +47,8 @@ data = SceneDataset(prepare(args.data, image_size=generator.image_size).path, "t
 if data.vocabulary.names != generator.vocabulary.names:
     raise SystemExit(f"{args.data}: its objects.json must name the model's objects: {generator.vocabulary.names}")
 scenes = DataLoader(data, batch_size=8, shuffle=True)
+if generator.mapping is not None:
+    generator.mapping.requires_grad_(False)
 optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, betas=(0.0, 0.99))
 rng = torch.Generator().manual_seed(0)
 if generator.correction is not None:

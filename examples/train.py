@@ -26,7 +26,8 @@ parser.add_argument("--width", type=int, default=16, help="64 is the reference's
 args = parser.parse_args()
 
 torch.manual_seed(0)
-scenes = DataLoader(SceneDataset(args.data, "train"), batch_size=8, shuffle=True, drop_last=True)
+data = SceneDataset(args.data, "train")
+scenes = DataLoader(data, batch_size=min(8, len(data)), shuffle=True, drop_last=True)
 generator = IterativeGenerator(GeneratorConfig(width=args.width))
 discriminator = DiffDiscriminator(DiscriminatorConfig(width=args.width))
 objective = OBJECTIVES["reference-code"]

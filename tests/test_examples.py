@@ -58,14 +58,25 @@ def test_train_writes_a_generator_that_draws(data: Path, tmp_path: Path, monkeyp
     assert generator.generate(["red cube"], seed=0).tensor.isfinite().all()
 
 
+def test_train_makes_do_with_few_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = prepare(write_iclevr_layout(tmp_path / "few", num_scenes=4), progress=False).path
+    assert 0 < len(SceneDataset(few, "train")) < 8
+    run(monkeypatch, "train.py", "--data", few, "--steps", 1, "--width", 4, "--out", tmp_path / "model")
+    assert (tmp_path / "model").exists()
+
+
 def test_the_mean_of_two_generators_is_corrected_anew(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(calibration, "BATCH_SIZE", 2)  # recalibration takes longer than the rest
     one, other = lively_generator(COMPACT, seed=0), lively_generator(COMPACT, seed=1)
     one.save_pretrained(tmp_path / "one")
     other.save_pretrained(tmp_path / "other")
     paths = (tmp_path / "one", tmp_path / "other", "--data", data, "--out", tmp_path / "mean")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "average.py", *paths)
+    assert "these models need --noise-encoder" in capsys.readouterr().err
+    paths += ("--noise-encoder", "iclevr-64-noise-encoder")
     run(monkeypatch, "average.py", *paths, "--share", 0.25)
     mean = IterativeGenerator.from_pretrained(tmp_path / "mean")
     for (name, weight), *ends in zip(mean.named_parameters(), one.parameters(), other.parameters(), strict=True):
@@ -231,6 +242,8 @@ def test_finetune_moves_a_loaded_model_towards_the_data(
     assert not torch.equal(tuned.l0.weight, start.l0.weight)
     assert torch.equal(tuned.canvas.mean, start.canvas.mean)
     assert tuned.correction is not None and tuned.correction.offsets.any(), "it is measured anew"
+    assert tuned.mapping is not None and start.mapping is not None
+    assert all(map(torch.equal, tuned.mapping.parameters(), start.mapping.parameters()))
     assert not torch.allclose(tuned.correction.offsets, start.correction.offsets, atol=0.1)
     losses = [
         float(text.split("loss=")[1].split("]")[0]) for text in capsys.readouterr().err.split("\r") if "loss=" in text

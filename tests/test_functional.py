@@ -247,6 +247,21 @@ def test_rollout_equals_a_loop_by_hand_scene_by_scene(generator: IterativeGenera
 
 
 @torch.no_grad()
+def test_rollout_takes_any_encoder_for_its_own(generator: IterativeGenerator) -> None:
+    class Other(nn.Module):
+        """A generator that has something else under the name ``encoder``, and is given conditions."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Conv2d(3, 3, 1)
+
+        def forward(self, z: Tensor, condition: Tensor, image: Tensor, place: Tensor | None = None) -> Tensor:
+            return (self.encoder(image) + condition.mean()).tanh()
+
+    assert rollout(Other(), torch.ones(2, 3, 5), torch.zeros(2, 7), torch.zeros(3, 8, 8)).shape == (2, 3, 3, 8, 8)
+
+
+@torch.no_grad()
 def test_rollout_hands_each_turn_its_place(place_generator: IterativeGenerator) -> None:
     objects, z, start = inputs()
     where = places()

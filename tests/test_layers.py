@@ -187,8 +187,10 @@ def test_conditional_batch_norm_shows_both_shapes_of_a_bad_condition(shape: tupl
 
 
 def test_channels_that_do_not_match_are_an_error() -> None:
-    with pytest.raises(RuntimeError, match=r"should contain 4 elements not 3"):
-        ConditionalBatchNorm2d(3, 5)(torch.zeros(2, 4, 4, 4), torch.zeros(2, 5))
+    for layer in (ConditionalBatchNorm2d(3, 5), ConditionalBatchNorm2d(3, 5).eval()):
+        for shape in ((2, 4, 4, 4), (2, 1, 4, 4), (2, 4, 4)):  # the last two would fit all channels, or be one picture
+            with pytest.raises(ValueError, match=rf"x must be \(N, 3, H, W\), got \({str(shape)[1:-1]}\)"):
+                layer(torch.zeros(shape), torch.zeros(2, 5))
     with pytest.raises(RuntimeError, match=r"expected input\[2, 4, 4, 4\] to have 3 channels"):
         GenBlock(3, 3, 5)(torch.zeros(2, 4, 4, 4), torch.zeros(2, 5))
     with pytest.raises(RuntimeError, match=r"to have 3 channels"):

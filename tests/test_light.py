@@ -28,6 +28,8 @@ def light() -> SceneLight:
 
 def test_a_fresh_one_says_nothing() -> None:
     assert torch.equal(SceneLight(3)(torch.randn(2, 3, 64, 64)), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="light_inputs must be from 1 to 192, as many as colours are looked at, got"):
+        SceneLight(193)
 
 
 def test_it_finds_the_lamps_in_order_of_what_they_do_each_of_variance_1(light: SceneLight) -> None:

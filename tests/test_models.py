@@ -361,6 +361,25 @@ def test_found_noise_equals_the_plain_version(config: NoiseEncoderConfig, traini
     torch.testing.assert_close(encoder(*arguments), expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("config_class", [GeneratorConfig, DiscriminatorConfig])
+def test_names_of_objects_may_be_a_list(config_class: type[GeneratorConfig] | type[DiscriminatorConfig]) -> None:
+    listed, config = config_class(objects=["red cube", "pink cone"]), config_class(objects=("red cube", "pink cone"))
+    assert listed == config
+    assert hash(listed) == hash(config)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.float16, 0.05), (torch.bfloat16, 0.3)])
+@torch.no_grad()
+def test_found_noise_is_of_the_dtype_of_the_network(dtype: torch.dtype, tolerance: float) -> None:
+    config = NoiseEncoderConfig(width=4, z_dim=6, places=True, window=40)
+    encoder = lively_noise_encoder(config)
+    *pictures, place = noise_encoder_input(config)
+    expected = encoder(*pictures, place)
+    found = encoder.to(dtype)(*pictures, place)
+    assert found.dtype == encoder.train()(*pictures, place).dtype == dtype
+    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+
+
 @torch.no_grad()
 def test_place_logits_equal_the_plain_version() -> None:
     model = randomise(PlaceModel(32, 5, light_inputs=3, channels=4)).double()

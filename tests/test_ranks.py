@@ -105,7 +105,7 @@ def test_every_scene_of_a_step_is_in_one_part_and_parts_are_alike() -> None:
         assert sum(part.share for part in together) == pytest.approx(1)
     with pytest.raises(ValueError, match=r"batch_scenes is 5, too few for 2 ranks with 3 parts each"):
         own_parts(5, Ranks(0, 2), 3)
-    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"accumulate must be between 1 and 2\*\*63 - 1, got 0"):
         own_parts(5, ALONE, 0)
 
 
@@ -126,6 +126,11 @@ def test_a_process_that_was_started_alone_is_alone(monkeypatch: pytest.MonkeyPat
         assert (ranks.rank, ranks.count, ranks.leads) == (0, 1, True)
         assert ranks.any(True)
         assert not ranks.any(False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ValueError, match=r"2 processes were started \(WORLD_SIZE\), but MASTER_ADDR is not set, where"):
+        joined("cpu").__enter__()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with joined("cpu") as ranks:
@@ -143,6 +148,10 @@ def test_every_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.M
     assert own_device("cpu") == torch.device("cpu")
     assert own_device() == own_device("cuda") == torch.device("cuda", 3)
     assert chosen == [3, 3]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: 'cuda:1' was asked for, but PyTorch finds no GPU here: give cpu"):
+        own_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(ValueError, match="process 4 of this machine has none of its 4 GPUs"):
         own_device()

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from scenes import write_iclevr_layout
 from tiny import RUN
 
 from condgan import IterativeGenerator, runs, training
@@ -132,9 +134,77 @@ def test_a_run_can_be_lengthened_but_not_changed(data: Path, tmp_path: Path) -> 
     train(data, tmp_path, short, device="cpu", progress=False)
     with pytest.raises(ValueError, match=r"another run: lr_generator was 0\.0001 and is 0\.5"):
         train(data, tmp_path, dataclasses.replace(short, lr_generator=0.5), device="cpu", progress=False)
-    train(data, tmp_path, dataclasses.replace(short, images=27), device="cpu", progress=False)
+    train(data, tmp_path, dataclasses.replace(short, images=26), device="cpu", progress=False)
+    train(data, tmp_path, dataclasses.replace(short, images=26), device="cpu", progress=False)  # 27 is where it stops
+    with pytest.raises(ValueError, match=r"has seen 27 pictures, more than images=18: ask for as many or more, or"):
+        train(data, tmp_path, short, device="cpu", progress=False)
     with safe_open(tmp_path / CHECKPOINT, "pt") as file:
         assert json.loads(file.metadata()["counters"])["images"] == 27
+        assert json.loads(file.metadata()["config"])["images"] == 26
+
+
+@pytest.mark.usefixtures("no_recalibration")
+def test_two_runs_do_not_share_a_folder(data: Path, tmp_path: Path) -> None:
+    short = dataclasses.replace(RUN, images=9, reconstruction_images=0, reconstruction_weight=0.0)
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(BlockingIOError, match=f"out: another process trains in '{tmp_path}': wait for it, stop it, or"),
+    ):
+        train(data, tmp_path, short, device="cpu", progress=False)
+    assert not (tmp_path / CHECKPOINT).exists()
+    train(data, tmp_path, short, device="cpu", progress=False)
+    with FileLock(tmp_path / ".lock", timeout=0):
+        assert (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.usefixtures("no_recalibration")
+def test_a_file_system_without_locks_is_trained_on_all_the_same(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: FileLock) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    short = dataclasses.replace(RUN, images=9, reconstruction_images=0, reconstruction_weight=0.0)
+    train(data, tmp_path, short, device="cpu", progress=False)
+    assert (tmp_path / CHECKPOINT).exists()
+
+
+def test_data_of_other_turns_are_refused(tmp_path: Path) -> None:
+    class TwoTurns(SceneDataset):
+        def __init__(self, scenes: SceneDataset) -> None:
+            self.pixels, self.objects, self.vocabulary = scenes.pixels[:, :2], scenes.objects[:, :2], scenes.vocabulary
+
+        def __len__(self) -> int:
+            return len(self.pixels)
+
+    folder = write_iclevr_layout(tmp_path / "iclevr", num_scenes=24)
+    scenes = TwoTurns(SceneDataset(prepare(folder, progress=False).path, "train"))
+    with pytest.raises(ValueError, match=r"data: its scenes have 2 turns, generator\.num_turns is 3: set generator"):
+        train(scenes, tmp_path / "run", RUN, device="cpu", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"accumulate": 4}, "batch_scenes is 3, too few for 1 ranks with 4 parts each"),
+        ({}, {"accumulate": 1.5}, "accumulate must be a whole number, got 1.5"),
+        ({"legibility_weight": 1.0, "verifier": "nosuch"}, {}, "nosuch"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_the_light_is_learned(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, object],
+    options: dict[str, object],
+    message: str,
+) -> None:
+    monkeypatch.setattr(runs, "TrainingScenes", None)  # it is not called
+    config = dataclasses.replace(RUN, **changes)
+    with pytest.raises((ValueError, TypeError, OSError), match=message):
+        train(data, tmp_path, config, device="cpu", progress=False, **options)
 
 
 def test_a_run_leaves_a_model_a_log_and_pictures(data: Path, tmp_path: Path) -> None:

@@ -393,6 +393,11 @@ def test_configurations_that_cannot_work_are_refused() -> None:
         dataclasses.replace(RUN, discriminator=DiscriminatorConfig())
     with pytest.raises(ValueError, match="decay_images must not be negative, got -1"):
         dataclasses.replace(RUN, decay_images=-1)
+    for name, value in (("lr_generator", -1.0), ("lr_encoder", math.inf), ("reconstruction_weight", math.nan)):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number, not negative, got {value}"):
+            dataclasses.replace(RUN, **{name: value})
+    with pytest.raises(ValueError, match="beta2 must be from 0 to less than 1, got 1"):
+        dataclasses.replace(RUN, beta2=1.0)
     with pytest.raises(ValueError, match="own_pictures is a share, from 0 to 1, got 2"):
         dataclasses.replace(RUN, own_pictures=2)
     with pytest.raises(ValueError, match="penalty_interval must be at least 1, got 0"):
