@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from condgan.functional import evaluating
 from condgan.hub import CheckpointError, PretrainedModel, added_later
 from condgan.images import check_colours, check_range, resize
+from condgan.requests import parse_whole
 from condgan.vocab import ICLEVR_OBJECTS
 
 
@@ -116,6 +117,7 @@ class SceneClassifier(PretrainedModel):
             ValueError: it is not of this shape and kind, not finite or not in [-1, 1].
         """
         check_range("images", images)
+        batch_size = parse_whole("batch_size", batch_size, 1)
         weight = self.fc.weight
         with evaluating(self):
             chunks = [self(chunk.to(weight.device, weight.dtype)) for chunk in images.split(batch_size)]

@@ -26,10 +26,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, get_args, get_origin,
 from condgan import __version__
 
 if TYPE_CHECKING:
+    from condgan.hub import PretrainedModel
     from condgan.presets import TrainConfig
     from condgan.requests import Place
     from condgan.results import Drawing
 
+DRAWS = 64
+"""Pictures a list that ``evaluate`` draws."""
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -103,8 +106,9 @@ def _generate(args: argparse.Namespace) -> Report:
         args.parser.error("the following arguments are required: OBJECT (or --from)")
     if args.shard_size is not None:
         args.parser.error("argument --shard-size: needs --from, whose tar files it is about")
+    options = _drawing_options(args)
     generator = IterativeGenerator.from_pretrained(args.model)
-    return _save(generator.generate(args.objects, **_drawing_options(args), batch_size=args.batch_size), args)
+    return _save(generator.generate(args.objects, **options), args)
 
 
 def _generate_set(args: argparse.Namespace) -> Report:
@@ -120,6 +124,7 @@ def _generate_set(args: argparse.Namespace) -> Report:
             args.parser.error(f"argument --{option}: not allowed with argument --from")
     if args.out is None:
         args.parser.error("argument --from: needs --out, the folder of the set")
+    _check_redraw(args)
     args.after_interrupt = ": run the same command again to go on"
     device, (rank, count) = own_device(), launched()
     generator = IterativeGenerator.from_pretrained(args.model).to(device)
@@ -130,7 +135,7 @@ def _generate_set(args: argparse.Namespace) -> Report:
         num_images=args.num,
         seed=args.seed or 0,
         best_of=args.best_of,
-        redraw=args.redraw,
+        redraw=args.redraw or "picture",
         batch_size=args.batch_size,
         **({} if args.shard_size is None else {"shard_size": args.shard_size}),
         rank=rank,
@@ -157,25 +162,48 @@ def _rank() -> int:
 def _add(args: argparse.Namespace) -> Report:
     from condgan.models import IterativeGenerator
 
+    options = _drawing_options(args)
     generator = IterativeGenerator.from_pretrained(args.model)
-    return _save(generator.add(args.image, args.objects, **_drawing_options(args)), args)
+    return _save(generator.add(args.image, args.objects, **options), args)
 
 
 def _drawing_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``generate`` and ``add`` are both told."""
+    """What ``generate`` and ``add`` are both told; wrong usage ends here, before anything is drawn."""
+    from condgan.requests import MAX_PICTURES
+    from condgan.results import check_picture_path
+
+    _check_redraw(args)
+    for option in ("num", "best_of"):
+        if getattr(args, option) > MAX_PICTURES:
+            flag = option.replace("_", "-")
+            args.parser.error(f"argument --{flag}: at most {MAX_PICTURES:,}, got {getattr(args, option):,}")
+    if args.at and len(args.at) != len(args.objects):
+        args.parser.error(
+            f"argument --at: give one for each object, `none` to leave it to the model: there are {len(args.objects)} "
+            f"objects, got {len(args.at)}"
+        )
+    args.out = args.out or Path(args.default_out)
+    check_picture_path(args.out)
     return {
         "num_images": args.num,
         "seed": args.seed,
         "at": args.at,
         "best_of": args.best_of,
-        "redraw": args.redraw,
+        "redraw": args.redraw or "picture",
+        "batch_size": args.batch_size,
     }
+
+
+def _check_redraw(args: argparse.Namespace) -> None:
+    if args.redraw and args.best_of == 1:
+        args.parser.error("argument --redraw: needs --best-of, how often to draw again at most")
 
 
 def _save(drawing: Drawing, args: argparse.Namespace) -> Report:
     """Write what was drawn, as pictures or as a sheet."""
-    out = args.out or Path(args.default_out)
     from condgan.results import save_image
+
+    out = args.out
 
     verified = drawing.verify() if args.verify else None
     pictures = [drawing.metadata(i) for i in range(len(drawing.seeds))]
@@ -203,15 +231,12 @@ def _save(drawing: Drawing, args: argparse.Namespace) -> Report:
 
 def _info(args: argparse.Namespace) -> Report:
     from condgan import hub
-    from condgan.classifier import SceneClassifier
-    from condgan.counter import ObjectCounter
-    from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 
-    name = str(IterativeGenerator.default_pretrained if args.model is None else args.model)
+    classes = _model_classes()
+    generator = classes["IterativeGenerator"]
+    name = str(generator.default_pretrained if args.model is None else args.model)
     folder = hub.find_checkpoint(name)
-    kinds = (IterativeGenerator, DiffDiscriminator, NoiseEncoder, SceneClassifier, ObjectCounter)
-    classes = {cls.__name__: cls for cls in kinds}
-    model = classes.get(_model_type(folder / hub.CONFIG_NAME), IterativeGenerator).from_pretrained(folder)
+    model = classes.get(_model_type(folder / hub.CONFIG_NAME), generator).from_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     file_bytes = (folder / hub.WEIGHTS_NAME).stat().st_size
     config = dataclasses.asdict(model.config)
@@ -244,6 +269,16 @@ def _info(args: argparse.Namespace) -> Report:
     return Report(data, "\n".join(text).rstrip())
 
 
+def _model_classes() -> dict[str, type[PretrainedModel]]:
+    """Every class that has checkpoints, by its name."""
+    from condgan.classifier import SceneClassifier
+    from condgan.counter import ObjectCounter
+    from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
+
+    classes = (IterativeGenerator, DiffDiscriminator, NoiseEncoder, SceneClassifier, ObjectCounter)
+    return {cls.__name__: cls for cls in classes}
+
+
 def _model_type(config_file: Path) -> str:
     """What a ``config.json`` says, "" if it says nothing; loading the model tells what is wrong with it."""
     try:
@@ -260,13 +295,12 @@ def _introduction(card: str) -> str:
 
 def _list(args: argparse.Namespace) -> Report:
     from condgan.hub import list_pretrained
-    from condgan.models import IterativeGenerator
 
-    every = ("IterativeGenerator", "DiffDiscriminator", "NoiseEncoder", "SceneClassifier", "ObjectCounter")
-    types = every if args.all else every[:1]
+    classes = _model_classes()
+    types = [*classes] if args.all else ["IterativeGenerator"]
     models = [{"name": name, "model_type": kind} for kind in types for name in list_pretrained(kind)]
     lines = [f"{model['name']:<24} {model['model_type']}" if args.all else model["name"] for model in models]
-    return Report({"models": models, "default": IterativeGenerator.default_pretrained}, "\n".join(lines))
+    return Report({"models": models, "default": classes["IterativeGenerator"].default_pretrained}, "\n".join(lines))
 
 
 def _prepare(args: argparse.Namespace) -> Report:
@@ -368,16 +402,24 @@ def _evaluate(args: argparse.Namespace) -> Report:
     from condgan.evaluation import evaluate
     from condgan.models import IterativeGenerator
     from condgan.realism import realism_report
-    from condgan.results import save_image
+    from condgan.results import check_picture_path, save_image
 
+    realism = None
     if args.conditions is None and not args.realism:
         args.parser.error("the following arguments are required: --conditions (or --realism)")
     if args.realism and args.data is None:
         args.parser.error("argument --realism: needs --data, the real pictures to tell the drawn ones from")
     if args.sheet and not args.realism:
         args.parser.error("argument --sheet: needs --realism, whose pictures it shows")
+    if args.conditions is None:
+        for option in ("draws", "judge"):
+            if getattr(args, option) is not None:
+                args.parser.error(f"argument --{option}: needs --conditions, whose pictures it is about")
+    _check_redraw(args)
     if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
         args.parser.error(f"argument --sheet: {str(args.sheet)!r} is not a .png file in a folder that is there")
+    if args.sheet:
+        check_picture_path(args.sheet)
     model_name = args.model or IterativeGenerator.default_pretrained
     data: dict[str, Any] = {"model": model_name}
     texts = []
@@ -389,11 +431,11 @@ def _evaluate(args: argparse.Namespace) -> Report:
             report = evaluate(
                 generator,
                 args.conditions,
-                draws=args.draws,
-                judge=args.judge,
+                draws=args.draws or DRAWS,
+                judge=args.judge or "judge",
                 data=args.data,
                 best_of=args.best_of,
-                redraw=args.redraw,
+                redraw=args.redraw or "picture",
                 seed=args.seed,
                 progress=progress,
                 model_name=model_name,
@@ -406,16 +448,16 @@ def _evaluate(args: argparse.Namespace) -> Report:
                 args.data,
                 first_seed=args.seed,
                 best_of=args.best_of,
-                redraw=args.redraw,
+                redraw=args.redraw or "picture",
                 progress=progress,
                 model_name=model_name,
             )
-            if args.sheet:
-                save_image(realism.sheet(), args.sheet, {"realism": realism.to_dict()})
             data["realism"] = realism.to_dict()
             texts.append(str(realism))
         if file:
             file.write(json.dumps(data, indent=2) + "\n")
+    if args.sheet and realism is not None:
+        save_image(realism.sheet(), args.sheet, {"realism": realism.to_dict()})
     return Report(data, "\n\n".join(texts))
 
 
@@ -430,8 +472,6 @@ def _written_whole(path: Path) -> Iterator[TextIO]:
 
     with contextlib.ExitStack() as stack:
         try:
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "it is a folder")
             file = stack.enter_context(stack.enter_context(replacing(path)).open("w", encoding="utf-8"))
         except OSError as error:
             raise OSError(f"cannot write {str(path)!r} ({error.strerror}): give --out another place") from error
@@ -517,13 +557,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--shard-size", type=_count, metavar="N", help="with --from: pictures a tar file (default: 1000)"
-    )
-    generate.add_argument(
-        "--batch-size",
-        type=_count,
-        metavar="N",
-        help="pictures that pass the networks at once (default: 1 on a CPU, 256 on a GPU); 16 draws many pictures "
-        "faster on a CPU, the same but for last bits, which may decide on a level of 256",
     )
     _add_drawing_options(generate, "scene.png")
 
@@ -638,7 +671,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run; made if not there")
     train.add_argument("--images", type=_count, metavar="N", help="pictures to train on (default: the preset's)")
     train.add_argument("--batch-scenes", type=_count, metavar="N", help="scenes a step (default: the preset's)")
-    train.add_argument("--seed", type=int, metavar="N", help="of the whole run (default: the preset's)")
+    train.add_argument("--seed", type=_seed, metavar="N", help="of the whole run (default: the preset's)")
     train.add_argument(
         "--set",
         action="append",
@@ -686,12 +719,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='JSON list of lists of names: [["red cube"], ["gray cube", "cyan sphere"]]; required without --realism',
     )
-    evaluate.add_argument("--draws", type=_count, default=64, metavar="N", help="pictures a list (default: 64)")
+    evaluate.add_argument("--draws", type=_count, metavar="N", help=f"pictures a list (default: {DRAWS})")
     evaluate.add_argument(
         "--data", type=Path, metavar="PATH", help="folder or file of `condgan prepare`, to compare with"
     )
-    _add_model(evaluate, "--judge", default="judge", metavar="NAME")
-    evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
+    _add_model(evaluate, "--judge", shown="judge", metavar="NAME")
+    evaluate.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the first picture (default: 0)")
     _add_best_of(evaluate)
     evaluate.add_argument("--realism", action="store_true", help="tell drawn pictures from the real ones of --data")
     evaluate.add_argument(
@@ -701,11 +734,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser, name: str, default: str | None = None, **options: Any) -> None:
-    """An argument that names a checkpoint."""
-    shown = default or "the generator inside the package"
+def _add_model(
+    parser: argparse.ArgumentParser, name: str, shown: str = "the generator inside the package", **options: Any
+) -> None:
+    """An argument that names a checkpoint; None where it is left out."""
     text = f"a name of `condgan list --all`, a folder or a hub id ORG/REPO (default: {shown})"
-    parser.add_argument(name, default=default, help=text, **options)
+    parser.add_argument(name, help=text, **options)
 
 
 def _add_drawing_options(parser: argparse.ArgumentParser, out: str) -> None:
@@ -717,7 +751,7 @@ def _add_drawing_options(parser: argparse.ArgumentParser, out: str) -> None:
         help=f"picture to write; several pictures are numbered, as NAME-0.png (default: {out})",
     )
     parser.add_argument(
-        "--seed", type=int, metavar="N", help="the same seed draws the same picture (default: a new one)"
+        "--seed", type=_seed, metavar="N", help="the same seed draws the same picture (default: a new one)"
     )
     parser.add_argument(
         "--num", type=_count, default=1, metavar="N", help="pictures, of seeds N, N+1, ... (default: 1)"
@@ -729,6 +763,13 @@ def _add_drawing_options(parser: argparse.ArgumentParser, out: str) -> None:
         metavar="X,Y",
         help="centre of an object in pixels from the left and from the top, or `none` to leave it to the model; "
         "give one --at for each object",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_count,
+        metavar="N",
+        help="pictures that pass the networks at once (default: 1 on a CPU, 256 on a GPU); 16 draws many pictures "
+        "faster on a CPU, the same but for last bits, which may decide on a level of 256",
     )
     parser.set_defaults(default_out=out)
     _add_best_of(parser)
@@ -746,7 +787,6 @@ def _add_best_of(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--redraw",
         choices=("picture", "turn"),
-        default="picture",
         help="with --best-of: draw N whole pictures, or draw a turn again, up to N times, while the verifier does not "
         "find the objects asked so far (default: picture)",
     )
@@ -756,6 +796,13 @@ def _count(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    """A whole number from 0 to 2**63 - 1."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**63 - 1")
     return int(text)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from condgan.functional import evaluating
 from condgan.hub import PretrainedModel, added_later
 from condgan.images import check_colours, check_range, resize
+from condgan.requests import parse_whole
 
 STRIDE = 2
 """Side of a cell of the heat map in pixels."""
@@ -123,6 +124,7 @@ class ObjectCounter(PretrainedModel):
             ValueError: it is not of this shape and kind, not finite or not in [-1, 1].
         """
         check_range("images", images)
+        batch_size = parse_whole("batch_size", batch_size, 1)
         check_colours(images)
         weight, size = next(self.parameters()), self.config.image_size
         with evaluating(self):

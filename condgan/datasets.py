@@ -208,11 +208,12 @@ class SceneDataset(Dataset[SceneRecord]):
         """The scenes that hold none of these objects, as a data set of their own; its vocabulary is the whole one.
 
         Args:
-            names: objects to leave out, such as ``["red cube"]``.
+            names: objects to leave out, such as ``["red cube"]``; a string is one name.
 
         Raises:
             ValueError: a name is unknown.
         """
+        names = [names] if isinstance(names, str) else names
         left_out = torch.tensor([self.vocabulary.parse(name) for name in names], dtype=torch.long)
         keep = ~torch.isin(self.objects, left_out).any(1)  # (S,)
         rest = copy.copy(self)
@@ -232,6 +233,11 @@ class SceneDataset(Dataset[SceneRecord]):
             raise DatasetError(f"{self.path} differs from its checksum, it is damaged: run `condgan prepare` again")
 
 
+def is_packed(path: Path) -> bool:
+    """Whether this looks like a finished packed file, whatever its name."""
+    return path.with_suffix(".json").is_file() and not path.stem.endswith(".partial")
+
+
 def _find_packed(path: Path, image_size: int | None) -> Path:
     """The packed file that a path means: itself, or the one in the folder, of this size if there is one."""
     if path.suffix == ".npy":
@@ -244,12 +250,12 @@ def _find_packed(path: Path, image_size: int | None) -> Path:
     for usual in (*wanted, packed_path(path)):
         if usual.is_file():
             return usual
-    others = sorted(other for other in path.glob("condgan-*.npy") if not other.stem.endswith(".partial"))
+    others = sorted(other for other in path.glob("*.npy") if is_packed(other))
     if len(others) > 1:
         raise DatasetError(f"{path} holds several packed files, give one: {', '.join(map(str, others))}")
     if others:
         return others[0]
-    state = "its preparation is unfinished" if [*path.glob("condgan-*.partial.npy")] else "it is not prepared yet"
+    state = "its preparation is unfinished" if [*path.glob("*.partial.npy")] else "it is not prepared yet"
     raise DatasetError(f"there is no packed file in {path}, {state}: run `condgan prepare {path}`")
 
 

@@ -22,6 +22,7 @@ from condgan.counter import ObjectCounter
 from condgan.datasets import read_conditions
 from condgan.drawing import Redraw, SceneModel, parse_best_of
 from condgan.features import copy_distances, fit_scale, picture_features
+from condgan.functional import encode_objects
 from condgan.images import from_uint8
 from condgan.layout import compare_layouts
 from condgan.measures import (
@@ -57,8 +58,8 @@ def evaluate(
     conditions: Sequence[Sequence[str]] | str | Path,
     *,
     draws: int = 64,
-    judge: SceneClassifier | str = "judge",
-    counter: ObjectCounter | str = "counter",
+    judge: SceneClassifier | str | Path = "judge",
+    counter: ObjectCounter | str | Path = "counter",
     data: str | Path | None = None,
     best_of: int = 1,
     redraw: Redraw = "picture",
@@ -81,9 +82,9 @@ def evaluate(
         generator: an ``IterativeGenerator``, or any model that draws alike; draws in eval mode.
         conditions: lists of names, or the JSON file that holds them.
         draws: pictures a list. An interval does not shrink below what the number of lists allows.
-        judge: classifier that looks for the objects, or the name of a shipped one. It must have had no part in
+        judge: classifier that looks for the objects, or the name or folder of one. It must have had no part in
             training the generator or in choosing it; the bundled one had none.
-        counter: counts objects, or the name of a shipped one; the same holds for it.
+        counter: counts objects, or the name or folder of one; the same holds for it.
         data: packed file of ``condgan prepare`` with real scenes, or the folder with it: its test split is held
             against the drawn pictures, its validation split gives the floors. None leaves what needs them None.
         best_of: candidates of each picture, of which the verifier keeps one; 1 takes every picture as it is drawn.
@@ -109,12 +110,19 @@ def evaluate(
     if isinstance(conditions, (list, tuple)):
         conditions = [[names] if isinstance(names, str) else names for names in conditions]
     lists = parse_scenes(conditions, generator.vocabulary)
-    judge_name = judge if isinstance(judge, str) else type(judge).__name__
+    judge_name = str(judge) if isinstance(judge, (str, Path)) else type(judge).__name__
     observer = _Observer(
         judge=_network("judge", judge, SceneClassifier),
         counter=_network("counter", counter, ObjectCounter),
         batch_size=batch_size,
     )
+    try:
+        encode_objects(lists, observer.vocabulary)
+    except ValueError as error:
+        raise ValueError(
+            f"judge: {judge_name!r} was not trained on all objects of the model ({error}): give a judge that was, "
+            "examples/train_classifier.py trains one"
+        ) from None
     drawer = SceneDrawer(generator, observer.vocabulary, best_of, redraw, batch_size, progress)
     real = None if data is None else read_real(data, generator, observer.vocabulary)  # errors before the long drawing
 
@@ -168,9 +176,9 @@ def evaluate(
 Network = TypeVar("Network", SceneClassifier, ObjectCounter)
 
 
-def _network(name: str, given: Network | str, kind: type[Network]) -> Network:
-    """A network, or the shipped one of a name."""
-    if isinstance(given, str):
+def _network(name: str, given: Network | str | Path, kind: type[Network]) -> Network:
+    """A network, or that of a name or folder."""
+    if isinstance(given, (str, Path)):
         return kind.from_pretrained(given)
     if not isinstance(given, kind):
         raise TypeError(f"{name} must be of class {kind.__name__}, or the name of one, got {reprlib.repr(given)}")

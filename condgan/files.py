@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -15,10 +16,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that takes the place of ``path`` when the block ends well; otherwise it is removed.
 
     It lies in a folder of its own beside ``path``, ``.NAME-...``, which only a process that is killed leaves behind.
+    What a link points to is replaced, not the link; a device or a pipe is written to as it is.
 
     Raises:
         OSError: the folder of ``path`` is not there or cannot be written, or ``path`` is a folder.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = Path(os.path.realpath(path))
     with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}-", dir=path.parent) as folder:
         partial = Path(folder) / path.name
         yield partial

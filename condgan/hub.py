@@ -245,7 +245,12 @@ def list_pretrained(model_type: str | None = "IterativeGenerator") -> list[str]:
 
     Args:
         model_type: only the checkpoints of the class of this name; None for all.
+
+    Raises:
+        TypeError: ``model_type`` is no name.
     """
+    if model_type is not None and not isinstance(model_type, str):
+        raise TypeError(f"model_type must be the name of a class, such as 'SceneClassifier', got {model_type!r}")
     shipped = [
         (path.parent.name, json.loads(path.read_text(encoding="utf-8"))["model_type"])
         for path in sorted(SHIPPED.glob(f"*/{CONFIG_NAME}"))
@@ -431,6 +436,8 @@ def _from_json(value: Any, hint: Any) -> Any:
 
 def _stored_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The model's tensors as they are written: on the CPU, contiguous, sharing no memory, floats as ``dtype``."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype such as torch.float16, got {dtype!r}")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating type such as torch.float16, got {dtype}")
     tensors = {}

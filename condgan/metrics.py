@@ -178,13 +178,15 @@ def share_interval(found: Tensor, asked: Tensor, *, level: float = 0.95) -> tupl
         raise ValueError("found must be from 0 to asked, of two prompts or more: one says nothing of others")
     prompts, count = len(found), float(asked.sum())
     share = float(found.sum()) / count
-    independent = share * (1 - share) / count
-    variance = prompts / (prompts - 1) * float((found - share * asked).square().sum()) / count**2
-    n = math.sqrt(prompts * count) if variance == 0 else count * min(1.0, independent / variance)
+    if share in (0, 1):
+        n = math.sqrt(prompts * count)
+    else:
+        variance = prompts / (prompts - 1) * float((found - share * asked).square().sum()) / count**2
+        n = share * (1 - share) / max(variance, share * (1 - share) / count)
     z = NormalDist().inv_cdf((1 + level) / 2)
     middle, spread = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     low, high = (middle - spread) / (1 + z**2 / n), (middle + spread) / (1 + z**2 / n)
-    return max(low, 0.0), min(high, 1.0)
+    return low if share > 0 else 0.0, high if share < 1 else 1.0
 
 
 def _sums_of_prompts(values: Tensor, weights: Tensor, level: float) -> tuple[Tensor, Tensor]:

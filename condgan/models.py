@@ -325,6 +325,7 @@ class IterativeGenerator(PretrainedModel):
         at: Sequence[Place | None] | None = None,
         best_of: int = 1,
         redraw: Redraw = "picture",
+        batch_size: int | None = None,
     ) -> Drawing:
         """Add objects to a picture from anywhere.
 
@@ -337,13 +338,22 @@ class IterativeGenerator(PretrainedModel):
             at: for each object its centre in pixels of the model's size, or None to have it drawn.
             best_of: candidates of each picture, or of each turn.
             redraw: which of the two.
+            batch_size: pictures that pass the network at once.
 
         Returns:
             As :meth:`generate`.
         """
         start = pictures.load_image(image, self.config.image_size)
         return drawing.draw(
-            self, conditions, num_images=num_images, seed=seed, at=at, best_of=best_of, redraw=redraw, start=start
+            self,
+            conditions,
+            num_images=num_images,
+            seed=seed,
+            at=at,
+            best_of=best_of,
+            redraw=redraw,
+            batch_size=batch_size,
+            start=start,
         )
 
     def stream(

@@ -26,7 +26,7 @@ from condgan.functional import evaluating
 from condgan.images import from_uint8, grid, to_pil, to_uint8
 from condgan.metrics import share_interval
 from condgan.precision import autocast
-from condgan.requests import parse_scenes, parse_seed
+from condgan.requests import parse_scenes, parse_seed, parse_whole
 from condgan.scenes import SceneDrawer, open_real
 
 EPOCHS = 8
@@ -125,9 +125,7 @@ def told_apart(
             f"real and held_out_real must be pictures of one size, got {tuple(real.shape)} and "
             f"{tuple(held_out_real.shape)}"
         )
-    for name, value in (("seeds", seeds), ("epochs", epochs)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    seeds, epochs = parse_whole("seeds", seeds, 1), parse_whole("epochs", epochs, 1)
     from tqdm import tqdm
 
     device = torch.device(device)
@@ -391,9 +389,8 @@ def realism_report(
             object that it does not know; or an argument is less than 1.
     """
     started = time.perf_counter()
-    for name, value in (("pictures", pictures), ("seeds", seeds), ("control_seeds", control_seeds), ("epochs", epochs)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    pictures, epochs = parse_whole("pictures", pictures, 1), parse_whole("epochs", epochs, 1)
+    seeds, control_seeds = parse_whole("seeds", seeds, 1), parse_whole("control_seeds", control_seeds, 1)
     first_seed, best_of = parse_seed(first_seed), parse_best_of(best_of, redraw)
     device = next(generator.parameters()).device if device is None else device
     training, held_out = _read_real(data, generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -23,6 +24,7 @@ from condgan.files import replacing
 from condgan.requests import Place, parse_whole
 from condgan.vocab import Vocabulary
 
+FOLDER_ADVICE = "the folder must be there, be yours to write and have space"
 VERIFIER_SIZE = 64
 """Side of the pictures that the verifier was trained on, in pixels."""
 
@@ -186,11 +188,33 @@ class Turn:
         return pictures.to_pil((self.tensor - self.previous) / 2)
 
 
-def save_image(image: Image.Image, path: Path, metadata: dict[str, object]) -> None:
-    """Write a picture, whole or not at all; the PNG text field ``condgan`` holds ``metadata`` as JSON."""
+def check_picture_path(path: Path) -> str:
+    """The format of a picture that is to be written, before there is one.
+
+    Raises:
+        OSError: its folder is not there or may not be written, or there is a folder of its name.
+        ValueError: its name does not end like that of a picture.
+    """
     picture_format = Image.registered_extensions().get(path.suffix.lower())
     if picture_format not in Image.SAVE:
         raise ValueError(f"path must end like a picture file, such as scene.png, got {str(path)!r}")
+    code = None
+    if not path.parent.exists():
+        code = errno.ENOENT
+    elif not path.parent.is_dir():
+        code = errno.ENOTDIR
+    elif path.is_dir():
+        code = errno.EISDIR
+    elif not os.access(path.parent, os.W_OK):
+        code = errno.EACCES
+    if code is not None:
+        raise OSError(f"cannot write {str(path)!r} ({os.strerror(code)}): {FOLDER_ADVICE}")
+    return picture_format
+
+
+def save_image(image: Image.Image, path: Path, metadata: dict[str, object]) -> None:
+    """Write a picture, whole or not at all; the PNG text field ``condgan`` holds ``metadata`` as JSON."""
+    picture_format = check_picture_path(path)
     text = PngInfo()
     text.add_text("condgan", json.dumps(metadata))
     content = io.BytesIO()  # not yet a file, so that what goes wrong is not to be blamed on its folder
@@ -204,10 +228,7 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, object]) -> N
         with replacing(path) as partial:
             partial.write_bytes(content.getvalue())
     except OSError as error:
-        raise OSError(
-            f"cannot write {str(path)!r} ({error.strerror or error}): "
-            "the folder must be there, be yours to write and have space"
-        ) from error
+        raise OSError(f"cannot write {str(path)!r} ({error.strerror or error}): {FOLDER_ADVICE}") from error
 
 
 @lru_cache(maxsize=1)

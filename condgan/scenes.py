@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from condgan.datasets import SceneDataset, Split, packed_path
+from condgan.datasets import SceneDataset, Split, is_packed, packed_path
 from condgan.drawing import Redraw, SceneModel, draw_best
 from condgan.functional import encode_objects, places_of_turns
 from condgan.images import from_uint8, to_uint8
@@ -108,7 +108,12 @@ def open_real(data: str | Path, image_size: int, split: Split | None = None) -> 
         FileNotFoundError: there is no such file.
         ValueError: it has pictures of another size.
     """
-    path = packed_path(data, image_size) if Path(data).is_dir() else Path(data)
+    path = Path(data)
+    if path.is_dir():
+        named = [other for other in path.glob("*.npy") if is_packed(other)]
+        path = packed_path(path, image_size)
+        if len(named) == 1 and not path.is_file():
+            (path,) = named
     if not path.is_file():
         raise FileNotFoundError(f"data: there is no file {str(path)!r}; `condgan prepare` writes it")
     dataset = SceneDataset(path, split)

@@ -299,6 +299,11 @@ def _claim(out: Path, description: dict[str, object]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not file.exists():
+            if any(out.glob("*.tar")):
+                raise ValueError(
+                    f"out: {str(out)!r} holds tar files, but no {DESCRIPTION} that says what they are: choose another "
+                    "folder, or empty this one"
+                )
             with replacing(file) as partial:  # every process of this set writes the same
                 partial.write_text(json.dumps(description, indent=2) + "\n")
     except OSError as error:
@@ -308,7 +313,7 @@ def _claim(out: Path, description: dict[str, object]) -> None:
         differing = [name for name in description if found[name] != description[name]]
     except (ValueError, KeyError, TypeError):
         raise ValueError(
-            f"out: {str(file)!r} does not describe a set: choose another folder, or remove this one"
+            f"out: {str(file)!r} does not describe a set: choose another folder, or remove this folder"
         ) from None
     if differing:
         changes = ", ".join(f"{name} was {found[name]!r} and is {description[name]!r}" for name in differing)

@@ -157,6 +157,11 @@ def test_probabilities_are_the_sigmoid_of_the_logits(classifier: SceneClassifier
     torch.testing.assert_close(classifier.probabilities(images), wanted, rtol=0, atol=1e-6)
 
 
+def test_a_batch_of_no_pictures_is_refused(classifier: SceneClassifier, images: Tensor) -> None:
+    with pytest.raises(ValueError, match="batch_size must be between 1 and"):
+        classifier.probabilities(images, batch_size=0)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_probabilities_do_not_depend_on_the_batches(
     classifier: SceneClassifier, images: Tensor, batch_size: int

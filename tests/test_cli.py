@@ -21,7 +21,7 @@ from PIL import Image
 from scenes import write_iclevr_layout
 
 import condgan
-from condgan import allocator, cli, evaluation, hub, results, runs
+from condgan import allocator, cli, evaluation, hub, realism, results, runs
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.cli import main
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
@@ -168,7 +168,18 @@ def test_version(run: Run) -> None:
         ("generate", "required: OBJECT"),
         ("generate 'red cube' --num 0", "--num: '0' is not a whole number of at least 1"),
         ("generate 'red cube' --best-of many", "--best-of: 'many' is not a whole number"),
-        ("generate 'red cube' --seed seven", "--seed: invalid int value: 'seven'"),
+        ("generate 'red cube' --seed seven", "--seed: 'seven' is not a whole number from 0 to 2**63 - 1"),
+        ("generate 'red cube' --seed -1", "--seed: '-1' is not a whole number from 0 to 2**63 - 1"),
+        ("generate 'red cube' --seed 9223372036854775808", "--seed: '9223372036854775808' is not a whole number"),
+        ("generate 'red cube' --num 1000001", "--num: at most 1,000,000, got 1,000,001"),
+        ("add a.png 'red cube' --best-of 1000001", "--best-of: at most 1,000,000, got 1,000,001"),
+        ("generate 'red cube' 'blue sphere' --at 3,4", "--at: give one for each object, `none` to leave it to the"),
+        (
+            "add a.png 'red cube' --at 3,4 --at none",
+            "--at: give one for each object, `none` to leave it to the model: ",
+        ),
+        ("generate 'red cube' --redraw turn", "--redraw: needs --best-of"),
+        ("generate --from list.jsonl --out set --redraw picture", "--redraw: needs --best-of"),
         ("generate 'red cube' --at left", "--at: 'left' is neither X,Y in pixels, such as 45,30, nor none"),
         ("generate 'red cube' --at 1,2,3", "--at: '1,2,3' is neither"),
         ("generate 'red cube' --grid --turns", "not allowed with argument"),
@@ -200,6 +211,9 @@ def test_version(run: Run) -> None:
         ("train --data data --out run --device abacus", "--device: 'abacus' cannot be used"),
         ("evaluate", "required: --conditions"),
         ("evaluate --conditions test.json --draws 0", "--draws: '0' is not"),
+        ("evaluate --conditions test.json --redraw turn", "--redraw: needs --best-of"),
+        ("evaluate --realism --data data --judge nosuch", "--judge: needs --conditions"),
+        ("evaluate --realism --data data --draws 3", "--draws: needs --conditions"),
     ],
 )
 def test_wrong_usage(line: str, message: str, run: Run, tmp_path: Path) -> None:
@@ -222,14 +236,12 @@ def test_wrong_usage(line: str, message: str, run: Run, tmp_path: Path) -> None:
         ("generate red cube", "unknown object 'red': did you mean 'red cube'?"),  # the quotes forgotten
         ("generate ''", "unknown object ''"),
         ("generate 5", "unknown object '5'"),
-        ("generate 'red cube' --seed -1", "seed must be between 0 and 2**63 - 1, got -1"),
         ("generate 'red cube' --model iclevr-46", "unknown checkpoint 'iclevr-46': did you mean 'iclevr-64'?"),
         ("generate 'red cube' --model ./nowhere", "nowhere does not exist: check the path"),
         ("generate 'red cube' --model {models}/corrupt", "model.safetensors is cut short or damaged"),
         ("generate 'red cube' --model verifier", "holds the model type SceneClassifier, wanted is IterativeGenerator"),
         ("generate 'red cube' --model {data}", "has no config.json"),
         ("generate 'red cube' --model {models}/plain --at 3,4", "does not know places"),
-        ("generate 'red cube' 'blue sphere' --at 3,4", "at needs one entry an object"),
         ("generate 'red cube' --at 64,4", "x and y go from 0 to 63"),
         ("generate 'red cube' --at nan,4", "x and y go from 0 to 63"),
         ("generate 'red cube' --out missing/scene.png", "cannot write 'missing/scene.png'"),
@@ -374,6 +386,18 @@ def test_several_pictures_are_numbered(run: Run, tmp_path: Path) -> None:
     assert sorted(map(str, tmp_path.iterdir())) == report["files"]
     run("generate", *SCENE, "--seed", 8)
     assert pixels("scene.png") == pixels("scene-1.png")
+
+
+@pytest.mark.parametrize("out", ["missing/scene.png", "scene", "folder.png"])
+@pytest.mark.parametrize("command", ["generate", "add image.png"])
+def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(
+    command: str, out: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(IterativeGenerator, "from_pretrained", None)  # it is not called
+    outcome = run(*command.split(), "red cube", "--out", out)
+    assert outcome.status == 1
+    assert re.search("cannot write '|path must end like a picture file", outcome.err)
 
 
 @pytest.mark.parametrize(("option", "columns", "rows"), [("--turns", 3, 3), ("--grid", 2, 2)])
@@ -777,6 +801,31 @@ def test_evaluate(run: Run, iclevr: Path, packed: Path) -> None:
     )
     assert json.loads(Path("report.json").read_text()) == report
     assert [path.name for path in Path().iterdir()] == ["report.json"]
+
+
+def test_a_sheet_that_cannot_be_written_costs_no_report(
+    run: Run, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the beginning, where it is refused, but at the end: the disk may be full by then."""
+
+    class Found:
+        def to_dict(self) -> dict[str, object]:
+            return {"rate": 0.5}
+
+        def sheet(self) -> Image.Image:
+            (tmp_path / "sheet.png").mkdir()
+            return Image.new("RGB", (4, 4))
+
+    monkeypatch.setattr(realism, "realism_report", lambda *args, **options: Found())
+    arguments = ("evaluate", "--realism", "--data", packed, "--sheet", "sheet.png", "--out", "report.json")
+    outcome = run(*arguments)
+    assert outcome.status == 1
+    assert "cannot write 'sheet.png' (Is a directory)" in outcome.err
+    assert json.loads(Path("report.json").read_text())["realism"] == {"rate": 0.5}
+    Path("report.json").unlink()
+    monkeypatch.setattr(realism, "realism_report", None)  # it is not called
+    assert "cannot write 'sheet.png' (Is a directory)" in run(*arguments).err
+    assert not Path("report.json").exists()
 
 
 def test_evaluate_prints_a_table(run: Run, iclevr: Path, models: Path) -> None:

@@ -200,6 +200,11 @@ def test_heat_below_the_threshold_is_nothing_and_the_surest_comes_first() -> Non
         assert ((found - 0.5) / 2).round().int().tolist() == [list(cell) for cell in wanted]
 
 
+def test_a_batch_of_no_pictures_is_refused(counter: ObjectCounter, images: Tensor) -> None:
+    with pytest.raises(ValueError, match="batch_size must be between 1 and"):
+        counter.count(images, batch_size=0)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 256])
 def test_counts_are_numbers_of_places_whatever_the_batches(
     counter: ObjectCounter, images: Tensor, batch_size: int

@@ -25,6 +25,7 @@ from condgan.datasets import (
     scene_split,
 )
 from condgan.prepare import prepare
+from condgan.scenes import open_real
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
 
 NUM_SCENES = 24  # the fewest with all three splits
@@ -195,6 +196,7 @@ def test_scenes_without_some_objects_are_all_the_others(data_dir: Path) -> None:
         assert torch.equal(rest[new].objects, everything[old].objects)
     assert len(everything) == len(everything.pixels) == len(everything.objects) == NUM_SCENES, "it is as it was"
     assert everything.without([]).names == everything.names
+    assert everything.without("red cube").names == everything.without(["red cube"]).names
     with pytest.raises(ValueError, match="unknown object 'red cubes'"):
         everything.without(["red cubes"])
 
@@ -253,6 +255,15 @@ def test_of_several_packed_files_the_one_of_the_asked_size_is_opened(data_dir: P
         prepare(data_dir, out=packed_path(tmp_path, image_size), image_size=image_size, progress=False)
     for asked, found in ((8, 8), (64, 64), (None, 64), (32, 64)):
         assert SceneDataset(tmp_path, image_size=asked).path == packed_path(tmp_path, found)
+
+
+def test_a_packed_file_is_found_in_its_folder_whatever_its_name(data_dir: Path, tmp_path: Path) -> None:
+    prepare(data_dir, out=tmp_path / "own.npy", image_size=32, progress=False)
+    (tmp_path / "later.partial.npy").touch()
+    (tmp_path / "later.partial.json").touch()
+    (tmp_path / "features.npy").touch()
+    assert SceneDataset(tmp_path).path == tmp_path / "own.npy"
+    assert open_real(tmp_path, 32).path == tmp_path / "own.npy"
 
 
 def test_folder_that_is_not_prepared_says_how(tmp_path: Path) -> None:

@@ -699,6 +699,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(score: Score, pac
     def never(*args: object, **options: object) -> Turns:
         raise AssertionError("nothing should be drawn")
 
+    strange = IterativeGenerator(GeneratorConfig(width=1, z_dim=4, condition_dim=4, objects=("red cube", "pink cone")))
     for options, message in (
         ({"draws": 0}, "draws must be between 1 and 1,000,000, got 0"),
         ({"batch_size": -1}, r"batch_size must be between 1 and 2\*\*63 - 1, got -1"),
@@ -706,6 +707,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(score: Score, pac
         ({"redraw": "scene"}, "redraw must be 'picture' or 'turn', got 'scene'"),
         ({"lists": []}, "conditions is empty"),
         ({"lists": [["red cub"]]}, "did you mean 'red cube'"),
+        (
+            {"lists": [["pink cone"]], "generator": strange},
+            r"judge: '_Oracle' was not trained on all objects of the",
+        ),
         ({"seed": -1}, "seed must be between"),
     ):
         with pytest.raises(ValueError, match=message):

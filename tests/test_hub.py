@@ -155,6 +155,8 @@ def test_weights_that_half_precision_cannot_hold_are_not_saved(toy: Toy, tmp_pat
         toy.save_pretrained(tmp_path / "new", dtype=torch.float16)
     with pytest.raises(ValueError, match="floating"):
         toy.save_pretrained(tmp_path / "new", dtype=torch.int8)
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype such as torch\.float16, got 'float16'"):
+        toy.save_pretrained(tmp_path / "new", dtype="float16")
     assert not (tmp_path / "new").exists()
 
 
@@ -346,6 +348,8 @@ def test_the_list_has_shipped_names_first_by_type(shipped: Path) -> None:
     assert list_pretrained("Other") == ["special"]
     assert list_pretrained(None) == ["special", "toy-a", "toy-b", "org/toy-large"]
     assert list_pretrained() == []
+    with pytest.raises(TypeError, match="model_type must be the name of a class, such as 'SceneClassifier', got <c"):
+        list_pretrained(Toy)
 
 
 def test_what_ships_is_found_by_name_and_by_default(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,6 +200,10 @@ def test_share_interval_by_hand() -> None:
     n, z = 9, 1.959964
     middle, spread = 0.8 + z**2 / (2 * n), z * math.sqrt(0.16 / n + z**2 / (4 * n**2))
     assert (low, high) == pytest.approx(((middle - spread) / (1 + z**2 / n), (middle + spread) / (1 + z**2 / n)))
+    equal = metrics.share_interval(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]))
+    assert equal == pytest.approx((0.5 - (half := z * math.sqrt(1 / (4 * (12 + z**2)))), 0.5 + half)), (
+        "12 objects, no more"
+    )
     assert metrics.share_interval(torch.ones(4, 9), torch.ones(4, 9)) == (pytest.approx(12 / (12 + z**2)), 1)
     assert metrics.share_interval(torch.zeros(4, 9), torch.ones(4, 9)) == (0, pytest.approx(z**2 / (12 + z**2)))
 

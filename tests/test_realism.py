@@ -159,8 +159,9 @@ def test_progress_is_on_stderr_and_can_be_silent(capsys: pytest.CaptureFixture[s
         ({"real": noise(8, 1).float()}, TypeError, "real must be uint8 pictures of 0 to 255, got torch.float32"),
         ({"held_out_drawn": noise(4, 1)[:, :1]}, ValueError, r"held_out_drawn must be \(N, 3, H, W\)"),
         ({"real": noise(0, 1), "drawn": noise(0, 1)}, ValueError, r"real must be \(N, 3, H, W\) and not empty"),
-        ({"seeds": 0}, ValueError, "seeds must be at least 1, got 0"),
-        ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+        ({"seeds": 1.0}, TypeError, "seeds must be a whole number, got 1.0"),
+        ({"seeds": 0}, ValueError, "seeds must be between 1 and .*, got 0"),
+        ({"epochs": 0}, ValueError, "epochs must be between 1 and .*, got 0"),
     ],
 )
 def test_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -334,8 +335,8 @@ def test_report_of_real_trials(compact: IterativeGenerator, data: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pictures": 0}, "pictures must be at least 1, got 0"),
-        ({"control_seeds": 0}, "control_seeds must be at least 1, got 0"),
+        ({"pictures": 0}, "pictures must be between 1 and .*, got 0"),
+        ({"control_seeds": 0}, "control_seeds must be between 1 and .*, got 0"),
         ({"first_seed": -1}, "seed must be between 0"),
         ({"best_of": 0}, "best_of"),
         ({"data": "nowhere.npy"}, "there is no file 'nowhere.npy'"),

@@ -172,6 +172,11 @@ def test_a_folder_of_another_set_is_refused(compact: IterativeGenerator, whole: 
     (tmp_path / "other/set.json").write_text("[1]")
     with pytest.raises(ValueError, match="does not describe a set"):
         draw_set(compact, write_list(tmp_path), tmp_path / "other", progress=False)
+    strange = shutil.copytree(whole, tmp_path / "strange")
+    (strange / "set.json").unlink()
+    with pytest.raises(ValueError, match=r"strange' holds tar files, but no set\.json that says what they are: choose"):
+        draw_set(compact, write_list(tmp_path), strange, seed=5, shard_size=3, progress=False)
+    assert not (strange / "set.json").exists()
     with pytest.raises(OSError, match="out: cannot write"):
         draw_set(compact, write_list(tmp_path), tmp_path / "list.jsonl", progress=False)
     with pytest.raises(ValueError, match="has no lines"):
