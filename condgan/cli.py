@@ -204,7 +204,6 @@ def _save(drawing: Drawing, args: argparse.Namespace) -> Report:
     from condgan.results import save_image
 
     out = args.out
-
     verified = drawing.verify() if args.verify else None
     pictures = [drawing.metadata(i) for i in range(len(drawing.seeds))]
     if args.grid or args.turns:
@@ -644,8 +643,9 @@ def _parser() -> argparse.ArgumentParser:
         """
         Train a generator.
 
-        RUN gets log.jsonl, checkpoint.safetensors, pictures/ (drawings of the model so far)
-        and model/, which every command takes as a model. After an interruption the same
+        RUN gets log.jsonl, checkpoint.safetensors, pictures/ (drawings of the model so far),
+        model/, which every command takes as a model, discriminator/ and, where noise is
+        found, noise-encoder/. After an interruption the same
         command goes on. The presets:
           compact         small, knows places; from two hours on a CPU core
           reference       the networks and the numbers of the reference system
