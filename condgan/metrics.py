@@ -497,10 +497,16 @@ def _chance_of_nearer(count: int, drawn: int, rank: int, held_out: int) -> float
     return (orders - sum(ways(x) for x in range(count))) / orders
 
 
+def _check_floating(images: Tensor) -> None:
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point in [-1, 1], got {images.dtype}; see images.from_uint8")
+
+
 def _touched(images: Tensor) -> tuple[Tensor, Tensor]:
     """Change (N, T-1, H, W) in grey levels, and the dilated region (N, T-1, H, W) where a turn changed something."""
     if images.ndim != 5 or images.shape[1] < 2:
         raise ValueError(f"images must be (N, T, 3, H, W) with T of at least 2, got {tuple(images.shape)}")
+    _check_floating(images)
     before, after = images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1)
     region = changed_region(before, after)[:, None].to(images.dtype)
     region = F.max_pool2d(region, 2 * DILATION + 1, stride=1, padding=DILATION).squeeze(1) > 0
@@ -527,7 +533,8 @@ def preservation(images: Tensor) -> Tensor:
         (N, T-1) in grey levels of 0 to 255.
 
     Raises:
-        ValueError: ``images`` is not of the shape above.
+        TypeError: ``images`` are whole numbers.
+        ValueError: they are not of the shape above.
 
     Source: ours.
     """
@@ -553,12 +560,14 @@ def diversity(images: Tensor) -> float:
         Mean over the N (N - 1) / 2 pairs, in grey levels of 0 to 255.
 
     Raises:
-        ValueError: ``images`` is not of the shape above.
+        TypeError: ``images`` are whole numbers.
+        ValueError: they are not of the shape above.
 
     Source: ours; as mean pairwise distances of draws in Zhu et al. 2017, arXiv:1711.11586, but in pixels.
     """
     if images.ndim != 4 or len(images) < 2:
         raise ValueError(f"images must be (N, 3, H, W) with N of at least 2, got {tuple(images.shape)}")
+    _check_floating(images)
     flat = images.flatten(1)
     return float(F.pdist(flat).mean()) / math.sqrt(flat.shape[1]) * GREY_LEVELS
 

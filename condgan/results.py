@@ -93,11 +93,16 @@ class Drawing:
         Args:
             columns: pictures a row; None is a roughly square sheet.
             turns: one row a picture instead, the canvas and every turn side by side.
+
+        Raises:
+            TypeError: ``columns`` is not a whole number.
+            ValueError: it is less than 1.
         """
         if turns:
             images = [pictures.to_pil(image) for row in self.trajectory for image in row]
             return pictures.grid(images, self.trajectory.shape[1])
-        return pictures.grid(self.images, math.ceil(len(self.seeds) ** 0.5) if columns is None else columns)
+        square = math.ceil(len(self.seeds) ** 0.5)
+        return pictures.grid(self.images, square if columns is None else parse_whole("columns", columns, 1))
 
     def metadata(self, index: int) -> dict[str, object]:
         """How to draw picture ``index`` again: conditions, seed and places, and the arguments of ``again``."""

@@ -30,8 +30,10 @@ class Vocabulary:
     """
 
     def __init__(self, names: Sequence[str] = ICLEVR_OBJECTS) -> None:
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise TypeError(f"names must be a sequence of strings, got {names!r}")
         self.names = tuple(names)
-        if isinstance(names, str) or not all(isinstance(name, str) for name in self.names):
+        if not all(isinstance(name, str) for name in self.names):
             raise TypeError(f"names must be a sequence of strings, got {names!r}")
         self._ids = {name: index for index, name in enumerate(self.names)}
         if not self.names or "" in self._ids or len(self._ids) != len(self.names):

@@ -620,6 +620,11 @@ def test_preservation_of_a_batch_is_that_of_its_scenes() -> None:
         metrics.preservation(images[:, :1])
     with pytest.raises(ValueError, match=r"images must be \(N, T, 3, H, W\)"):
         metrics.changed_area(images[0])
+    for measure in (metrics.preservation, metrics.changed_area):
+        with pytest.raises(
+            TypeError, match=r"images must be floating point in \[-1, 1\], got torch\.uint8; see images"
+        ):
+            measure(images.byte())
 
 
 def test_diversity_by_hand_and_by_the_loop_of_the_definition() -> None:
@@ -632,3 +637,5 @@ def test_diversity_by_hand_and_by_the_loop_of_the_definition() -> None:
     assert metrics.diversity(images) == pytest.approx(sum(distances) / len(distances), rel=1e-5)
     with pytest.raises(ValueError, match="at least 2"):
         metrics.diversity(images[:1])
+    with pytest.raises(TypeError, match=r"images must be floating point in \[-1, 1\], got torch\.uint8; see images"):
+        metrics.diversity(images.byte())

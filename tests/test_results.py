@@ -62,8 +62,10 @@ def test_a_grid_holds_every_picture(compact: IterativeGenerator) -> None:
     assert growing.size == (4 * 66 - 2, 3 * 66 - 2)
     assert growing.crop((198, 66, 262, 130)).tobytes() == result.images[1].tobytes()
     assert growing.crop((0, 66, 64, 130)).tobytes() == to_pil(result.trajectory[1, 0]).tobytes()
-    with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"columns must be between 1 and .*, got 0"):
         result.grid(columns=0)
+    with pytest.raises(TypeError, match=r"columns must be a whole number, got 2\.0"):
+        result.grid(columns=2.0)
 
 
 def test_notebooks_show_the_grid(compact: IterativeGenerator) -> None:

@@ -91,7 +91,7 @@ def test_names_are_there_and_told_apart(names: list[str]) -> None:
     assert repr(names) in str(caught.value)
 
 
-@pytest.mark.parametrize("names", ["red cube", ["red cube", 3]])
+@pytest.mark.parametrize("names", ["red cube", ["red cube", 3], None, 3])
 def test_names_are_a_sequence_of_strings(names: object) -> None:
     with pytest.raises(TypeError, match="names must be a sequence of strings"):
         Vocabulary(names)  # type: ignore[arg-type]
