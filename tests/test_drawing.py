@@ -347,6 +347,10 @@ def test_a_batch_at_once_is_what_comes_one_by_one(compact: IterativeGenerator, m
     assert batched.places is not None and wanted.places is not None
     for ours, theirs in zip(batched.places, wanted.places, strict=True):
         assert np.array(ours) == pytest.approx(np.array(theirs), rel=0, abs=1e-3)
+    together.clear()
+    start = batched.images[0]
+    compact.add(start, "red cube", num_images=5, seed=0, batch_size=4)
+    assert together == [4, 1]
 
 
 def test_candidates_of_a_batch_at_once_are_those_that_come_one_by_one(compact: IterativeGenerator) -> None:

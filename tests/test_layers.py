@@ -188,7 +188,7 @@ def test_conditional_batch_norm_shows_both_shapes_of_a_bad_condition(shape: tupl
 
 def test_channels_that_do_not_match_are_an_error() -> None:
     for layer in (ConditionalBatchNorm2d(3, 5), ConditionalBatchNorm2d(3, 5).eval()):
-        for shape in ((2, 4, 4, 4), (2, 1, 4, 4), (2, 4, 4)):  # the last two would fit all channels, or be one picture
+        for shape in ((2, 4, 4, 4), (2, 1, 4, 4), (2, 3, 4)):  # of which the last two would broadcast
             with pytest.raises(ValueError, match=rf"x must be \(N, 3, H, W\), got \({str(shape)[1:-1]}\)"):
                 layer(torch.zeros(shape), torch.zeros(2, 5))
     with pytest.raises(RuntimeError, match=r"expected input\[2, 4, 4, 4\] to have 3 channels"):
