@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -50,12 +51,17 @@ def markdown(rows: Sequence[Row], where: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
+def _as_json(value: object) -> object:
+    """JSON has no NaN, which stands for what this machine cannot measure."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the parts that are asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9, help="how often each case is run (default: 9)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks.json"), help="JSON file to write")
-    parser.add_argument("--plot", type=Path, help="picture to write: cost against work")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write, anew after each part")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture to write: cost against work")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/performance.md")
     parts: dict[str, Callable[[int], Iterator[Row]]] = {
         "drawing": drawing.run,
@@ -70,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     parser.add_argument("--parts", nargs="+", choices=parts, default=[*parts], help="only these parts")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"argument --rounds: must be at least 1, got {args.rounds}")
+    if args.plot is not None and "work" not in args.parts:
+        parser.error("argument --plot: shows the part work, which is not asked for")
+    for option in ("out", "plot"):
+        path = getattr(args, option)
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"argument --{option}: there is no folder {str(path.parent)!r}")
+    where = machine()
     parts["work"] = partial(work.run, plot=args.plot)
     rows = []
     for part in args.parts:
@@ -77,8 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(row)
             if not args.markdown:
                 print(*markdown([row], {}).splitlines()[-1:], flush=True)
-    where = machine()
-    args.out.write_text(json.dumps({"machine": where, "rows": [row._asdict() for row in rows]}, indent=1) + "\n")
+        if args.out is not None:
+            known = [{name: _as_json(value) for name, value in row._asdict().items()} for row in rows]
+            args.out.write_text(json.dumps({"machine": where, "rows": known}, indent=1, allow_nan=False) + "\n")
     if args.markdown:
         print(markdown(rows, where))
 

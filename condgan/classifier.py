@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,9 @@ class SceneClassifier(PretrainedModel):
         if self.config.pooling == "average":
             return self.fc(self.features(images))
         return self.fc(self.feature_map(images)).flatten(1, 2).logsumexp(1)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def logits(self, images: Tensor, batch_size: int = 256) -> Tensor:

@@ -7,7 +7,7 @@ The counter that ships is for evaluation only, as the judge is: it never trains 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,9 @@ class ObjectCounter(PretrainedModel):
             finer = levels.pop()
             merged = finer + F.interpolate(merged, finer.shape[-2:])
         return self.head(merged)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def places(self, images: Tensor, batch_size: int = 256) -> list[Tensor]:

@@ -141,7 +141,10 @@ class PretrainedModel(nn.Module):
         Raises:
             CheckpointError: the folder cannot be written, or a weight is too large for ``dtype``.
         """
-        folder = Path(folder).expanduser()
+        try:
+            folder = Path(folder).expanduser()
+        except RuntimeError as error:  # of a user who is not there
+            raise CheckpointError(f"cannot save to {folder}: {error} Give a folder that you may write to.") from None
         contents = {
             CARD_NAME: self.model_card().encode(),
             CONFIG_NAME: self._config_json(),
@@ -171,7 +174,7 @@ class PretrainedModel(nn.Module):
         """Upload the files of :meth:`save_pretrained` to the Hugging Face hub as one commit.
 
         Args:
-            repo_id: ``"org/repo"``, made if it is not there.
+            repo_id: ``"org/repo"``, made if it is not there; ``"repo"`` is one of your own.
             private: whether a repository that is made here is private.
             token: access token that may write; None for the one stored by ``hf auth login``.
             revision: an existing branch; None for the main one.
@@ -189,15 +192,22 @@ class PretrainedModel(nn.Module):
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(temporary, dtype=dtype)
             api = HfApi(token=token, library_name="condgan", library_version=_version())
-            files = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
             with _hub_errors("upload to", repo_id, revision):
-                api.create_repo(repo_id, private=private, exist_ok=True)
+                if revision is not None:
+                    api.repo_info(repo_id, revision=revision)  # no repository is made for a branch that is not there
+                full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                (folder / CARD_NAME).write_text(self.model_card(full_id), encoding="utf-8")
+                files = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
                 # create_commit and not upload_folder, which may split the files over several commits
-                commit = api.create_commit(repo_id, files, commit_message=commit_message, revision=revision)
+                commit = api.create_commit(full_id, files, commit_message=commit_message, revision=revision)
         return commit.commit_url
 
-    def model_card(self) -> str:
-        """Text of the ``README.md`` that is saved beside the weights: Markdown with the hub's YAML header."""
+    def model_card(self, repo_id: str = "org/repo") -> str:
+        """Text of the ``README.md`` that is saved beside the weights: Markdown with the hub's YAML header.
+
+        Args:
+            repo_id: where the model can be loaded from.
+        """
         name, module = type(self).__name__, type(self).__module__
         package = "condgan" if module.startswith("condgan.") else module
         rows = "\n".join(
@@ -214,7 +224,7 @@ tags:
 
 # {name}
 
-{(type(self).__doc__ or "A model of condgan.").strip().splitlines()[0]}
+{((type(self).__doc__ or "").strip() or "A model of condgan.").splitlines()[0]}
 {sum(parameter.numel() for parameter in self.parameters()):,} parameters, saved by condgan {_version()}.
 
 ## Use
@@ -222,7 +232,7 @@ tags:
 ```python
 from {package} import {name}
 
-model = {name}.from_pretrained("org/repo")  # this repository, or the folder with these files
+model = {name}.from_pretrained("{repo_id}")  # this repository, or the folder with these files
 ```
 
 ## Configuration
@@ -277,7 +287,10 @@ def find_checkpoint(
         CheckpointError: there is no such checkpoint, or it cannot be downloaded.
         ValueError: ``revision`` is given for a folder.
     """
-    folder = _local_folder(name)
+    try:
+        folder = _local_folder(name)
+    except (OSError, RuntimeError) as error:  # a name that is too long, or of a user who is not there
+        raise CheckpointError(f"{str(name)[:80]!r} cannot be looked for ({error}): check the name.") from None
     if folder is None:
         return _download(str(name), revision, cache_dir, token, local_files_only)
     if revision is not None:

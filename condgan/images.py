@@ -206,6 +206,8 @@ def load_image(image: Image.Image | str | Path | NDArray[Any] | Tensor, image_si
                 f"image: an array must be uint8 (H, W), (H, W, 3) or (H, W, 4), got {image.dtype} {image.shape}; "
                 "a float picture or one with its channels first can be given as a tensor"
             )
+        if image.size == 0:  # of which older versions of Pillow make no picture
+            raise ValueError(f"image: a picture must be (3, H, W) and not empty, got {(3, *image.shape[:2])}")
         tensor = _pixels(Image.fromarray(image))
     elif isinstance(image, Image.Image):
         tensor = _pixels(image)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,9 @@ class ConditionalBatchNorm2d(nn.Module):
         affine = torch.addmm(bias, condition, weight).to(x.dtype)
         scale, shift = affine.view(len(x), 2, self.bn.num_features, 1, 1).unbind(1)
         return torch.addcmul(shift, x, scale)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"{self.bn.num_features}, condition_dim={self.fc.in_features}"
@@ -193,6 +196,9 @@ class GenBlock(nn.Module):
         x = self.c2(F.leaky_relu(self.cbn2(x, condition), NEGATIVE_SLOPE))
         return x + shortcut
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _is_small(self, x: Tensor) -> bool:
         """Whether the maps are too small for added weights to pay."""
         if torch.is_grad_enabled():
@@ -240,6 +246,9 @@ class DisBlock(nn.Module):
             return F.avg_pool2d(self.c2(x), 2) + shortcut
         return F.conv2d(x, halving_weight(self.c2.weight), self.c2.bias, stride=2, padding=1) + shortcut
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def extra_repr(self) -> str:
         return f"preactivate={self.preactivate}"
 
@@ -283,3 +292,6 @@ class ConditionProjector(nn.Module):
                 f"got {tuple(features.shape)} and {tuple(condition.shape)}"
             )
         return (features * self.l2(F.relu(self.l1(condition)))).sum(1)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import log2
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -180,6 +180,9 @@ class IterativeGenerator(PretrainedModel):
             check_shape("light", light, len(prev_image), self.config.light_inputs)
         code = z if self.mapping is None else self.mapping(z, condition, place, light)
         return self._turn(code, condition, prev_image, place, light)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def read_light(self, prev_image: Tensor) -> Tensor | None:
         """How the picture so far is lit, (N, light_inputs); None for models that do not ask."""
@@ -475,6 +478,9 @@ class DiffDiscriminator(PretrainedModel):
     ) -> DiscriminatorOutput:
         return self.compare(prev_image, [image], condition, place)[0]
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class NoiseEncoder(PretrainedModel):
     """Finds the code with which a generator would draw a given turn: the pose of a cube, for example.
@@ -530,3 +536,6 @@ class NoiseEncoder(PretrainedModel):
         x = self.stages(x.contiguous(memory_format=torch.channels_last))
         code = self.linear(torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1))
         return self.norm(code.to(self.norm.running_mean))  # in float32, unless the network was made coarser or finer
+
+    if TYPE_CHECKING:
+        __call__ = forward

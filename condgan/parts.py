@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +131,9 @@ class ConditionRNN(nn.Module):
         known = objects if self.spelling is None else objects @ self.spelling
         hidden = self.gru(known @ self.embedding.weight, hidden)
         return self.norm(hidden), hidden
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class PreviousImageEncoder(nn.Module):

@@ -53,7 +53,7 @@ def train(
     The folder ``out`` gets ``log.jsonl``, ``checkpoint.safetensors`` (from which a run goes on to the very same numbers
     on the CPU), ``model/`` and ``discriminator/`` (the averaged generator and its opponent, for ``from_pretrained``),
     ``noise-encoder/`` where noise is found, and ``pictures/`` (drawings), all but the log anew with every checkpoint;
-    and ``tensorboard/`` if it is installed.
+    and ``tensorboard/`` if it is installed. ``.lock`` keeps other runs out while this one lasts.
 
     In the processes that ``torchrun`` starts, or in those of a process group of ``torch.distributed``, all train one
     model: each takes its part of every step's scenes, and all together do, up to rounding, what one process would. Only

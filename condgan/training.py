@@ -115,7 +115,7 @@ class Trainer:
             self.noise_encoder = noise_encoder.to(memory_format=torch.channels_last).train()
             found = list(noise_encoder.parameters())
         self.ema_generator = copy.deepcopy(generator).eval().requires_grad_(False)
-        learners = [generator] if noise_encoder is None else [generator, noise_encoder]
+        learners: list[nn.Module] = [generator] if noise_encoder is None else [generator, noise_encoder]
         if ranks.count > 1:
             for network in learners:
                 share_statistics(network)

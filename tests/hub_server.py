@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 Files = dict[str, bytes]
+OWNER = "me"
+"""Whose the token is."""
 
 
 class Request(NamedTuple):
@@ -157,13 +159,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self) -> None:
         asked = json.loads(self.body)
-        repo_id = f"{asked['organization']}/{asked['name']}"
+        repo_id = f"{asked['organization'] or OWNER}/{asked['name']}"
         exists = repo_id in self.server_state.repos
         if not exists and asked["visibility"] == "private":
             self.server_state.private.add(repo_id)
         if not exists:
             self.server_state.commit(repo_id, {".gitattributes": b"*.safetensors filter=lfs\n"})
         self._respond_json({"url": f"{self.server_state.url}/{repo_id}"}, status=409 if exists else 200)
+
+    def _revision(self, repo_id: str, revision: str) -> None:
+        if repo_id not in self.server_state.repos:
+            return self._respond(404, X_Error_Code="RepoNotFound")
+        if revision not in self.server_state.repos[repo_id]:
+            return self._respond(404, X_Error_Code="RevisionNotFound")
+        return self._respond_json({"id": repo_id})
 
     def _validate_yaml(self) -> None:
         import yaml
@@ -208,6 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
         (("HEAD", "GET"), r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _resolve),
         (("HEAD", "GET"), r"/lfs/(\w+)", _storage),
         (("PUT",), r"/lfs/(\w+)", _lfs_put),
+        (("GET",), r"/api/models/([^/]+/[^/]+)/revision/(.+)", _revision),
         (("POST",), r"/api/repos/create", _create),
         (("POST",), r"/api/validate-yaml", _validate_yaml),
         (("POST",), r"/api/models/([^/]+/[^/]+)/preupload/(.+)", _preupload),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from reference import randomise
 
 from benchmarks import __main__ as command
 from benchmarks import loading, measure, plain, scaling
+from benchmarks.measure import Row
 from condgan import DiffDiscriminator, DiscriminatorConfig, GeneratorConfig, IterativeGenerator
 from condgan.functional import encode_objects, roll_conditions, rollout
 
@@ -163,6 +165,35 @@ def test_the_command_prints_a_table_and_writes_json(
     plainly, packed = report["rows"]
     assert packed["ratio"] == pytest.approx(packed["value"] / plainly["value"]), "of one round; who wins is not tested"
     assert "| loading | condgan, packed |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds: must be at least 1, got 0"),
+        (["--out", "nowhere/x.json"], "--out: there is no folder 'nowhere'"),
+        (["--plot", "nowhere/x.png"], "--plot: there is no folder 'nowhere'"),
+        (["--parts", "loading", "--plot", "x.png"], "--plot: shows the part work, which is not asked for"),
+    ],
+)
+def test_the_command_refuses_what_is_wrong_before_it_measures(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "machine", None)  # it is not called
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_measured_is_null_and_no_file_is_written_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "run", lambda rounds: iter([Row("loading", "memory", math.nan, "MiB")]))
+    command.main(["--parts", "loading"])
+    assert not list(tmp_path.iterdir())
+    command.main(["--parts", "loading", "--out", "numbers.json"])
+    assert json.loads(Path("numbers.json").read_text())["rows"][0]["value"] is None
 
 
 def test_ranks_alternate_and_their_ratio_is_that_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pytest
 import safetensors.torch
 import torch
-from hub_server import HubServer
+from hub_server import OWNER, HubServer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -343,6 +343,17 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
+@pytest.mark.parametrize("name", ["~nosuch/x", "x" * 300])
+def test_names_that_cannot_be_looked_for_are_refused_like_others(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{name[:79]}.* cannot be looked for .*: check the name"):
+        Toy.from_pretrained(name)
+
+
+def test_a_folder_of_a_user_who_is_not_there_is_refused(toy: Toy) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot save to ~nosuch/x: .* Give a folder that you may write to"):
+        toy.save_pretrained("~nosuch/x")
+
+
 def test_the_list_has_shipped_names_first_by_type(shipped: Path) -> None:
     assert list_pretrained("Toy") == ["toy-a", "toy-b", "org/toy-large"]
     assert list_pretrained("Other") == ["special"]
@@ -539,6 +550,13 @@ def test_what_was_pushed_loads_bit_for_bit(hub: HubServer, toy: Toy) -> None:
     assert hub.private == {"org/mine"}
     half = new.state_dict()["first"].half()
     assert torch.equal(Toy.from_pretrained("org/mine", token="hf_secret").first, half.float())
+    url = new.push_to_hub("own", token="hf_secret")
+    assert url.startswith(f"{hub.url}/{OWNER}/own/commit/"), "a name alone is one of the user's own"
+    card = hub.repos[f"{OWNER}/own"]["main"]["README.md"].decode()
+    assert f'Toy.from_pretrained("{OWNER}/own")' in card
+    hub.repos["org/new"]["dev"] = hub.repos["org/new"]["main"]
+    new.push_to_hub("org/new", token="hf_secret", revision="dev")
+    assert_same(Toy.from_pretrained("org/new", revision="dev"), new)
 
 
 def test_a_push_that_is_refused_says_why(
@@ -548,6 +566,9 @@ def test_a_push_that_is_refused_says_why(
         toy.push_to_hub("org/toy")
     with pytest.raises(CheckpointError, match="no revision 'v9'"):
         toy.push_to_hub("org/toy", token="hf_secret", revision="v9")
+    with pytest.raises(CheckpointError, match="cannot upload to 'org/none'"):
+        toy.push_to_hub("org/none", token="hf_secret", revision="v9")
+    assert "org/none" not in hub.repos
     with pytest.raises(CheckpointError, match="no token is stored"):
         toy.push_to_hub("org/toy", token=True)
     assert set(hub.repos["org/toy"]) == {"main", commit}

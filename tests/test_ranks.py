@@ -236,6 +236,7 @@ def test_the_command_under_torchrun_speaks_once(data: Path, tmp_path: Path) -> N
     assert run.stdout.count("trained on 27 pictures") == 1
     assert reached(tmp_path / "run") == 3
     assert sorted(file.name for file in (tmp_path / "run").iterdir() if file.name != "tensorboard") == [
+        ".lock",
         CHECKPOINT,
         "discriminator",
         "log.jsonl",
