@@ -72,7 +72,8 @@ def score(
     ):
         values = torch.tensor(hits, dtype=torch.float64).view(len(group), draws)
         report[name] = float(values.mean())
-        report[f"{name}_ci95"] = list(metrics.share_interval(values, torch.ones_like(values)))
+        several = len(group) > 1  # one object says nothing of others
+        report[f"{name}_ci95"] = list(metrics.share_interval(values, torch.ones_like(values))) if several else None
     return report
 
 

@@ -349,16 +349,18 @@ def test_held_out_pairs_are_not_trained_on_but_asked_for(
     few = dataclasses.replace(compact.generator, light_components=2)  # there are only 18 scenes
     monkeypatch.setitem(presets.PRESETS, "compact", dataclasses.replace(compact, generator=few))
     arguments = ("--data", data, "--images", 15, "--width", 4, "--draws", 1, "--out", tmp_path / "run")
-    options = ("--hold-out", "red cube", "blue sphere", *(["--words"] if words else []))
-    run(monkeypatch, "held_out_pairs.py", *arguments, *options)
+    held_out = ["red cube"] if words else ["red cube", "blue sphere"]
+    run(monkeypatch, "held_out_pairs.py", *arguments, *(["--words"] if words else []), "--hold-out", *held_out)
     report = json.loads(capsys.readouterr().out)
     scenes = SceneDataset(data, "train")
-    assert 0 < report["scenes"] == len(scenes.without(["red cube", "blue sphere"])) < len(scenes)
-    assert [report[group]["pictures"] for group in ("held_out", "seen")] == [2, 22]
+    assert 0 < report["scenes"] == len(scenes.without(held_out)) < len(scenes)
+    count = len(held_out)
+    assert [report[group]["pictures"] for group in ("held_out", "seen")] == [count, 24 - count]
     for group in ("held_out", "seen"):
         for measure in ("found", "right_colour", "right_shape", "found_as_third"):
-            low, high = report[group][f"{measure}_ci95"]
+            low, high = report[group][f"{measure}_ci95"] or (0, 1)
             assert 0 <= low <= report[group][measure] <= high <= 1
+            assert (report[group][f"{measure}_ci95"] is None) == (report[group]["objects"] == 1)
     config = IterativeGenerator.from_pretrained(tmp_path / "run" / "model").config
     assert (config.width, config.words) == (4, words)
 
