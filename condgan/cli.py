@@ -124,7 +124,7 @@ def _generate_set(args: argparse.Namespace) -> Report:
             args.parser.error(f"argument --{option}: not allowed with argument --from")
     if args.out is None:
         args.parser.error("argument --from: needs --out, the folder of the set")
-    _check_redraw(args)
+    _settle_redraw(args)
     args.after_interrupt = ": run the same command again to go on"
     device, (rank, count) = own_device(), launched()
     generator = IterativeGenerator.from_pretrained(args.model).to(device)
@@ -135,7 +135,7 @@ def _generate_set(args: argparse.Namespace) -> Report:
         num_images=args.num,
         seed=args.seed or 0,
         best_of=args.best_of,
-        redraw=args.redraw or "picture",
+        redraw=args.redraw,
         batch_size=args.batch_size,
         **({} if args.shard_size is None else {"shard_size": args.shard_size}),
         rank=rank,
@@ -172,7 +172,7 @@ def _drawing_options(args: argparse.Namespace) -> dict[str, Any]:
     from condgan.requests import MAX_PICTURES
     from condgan.results import check_picture_path
 
-    _check_redraw(args)
+    _settle_redraw(args)
     for option in ("num", "best_of"):
         if getattr(args, option) > MAX_PICTURES:
             flag = option.replace("_", "-")
@@ -189,14 +189,16 @@ def _drawing_options(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "at": args.at,
         "best_of": args.best_of,
-        "redraw": args.redraw or "picture",
+        "redraw": args.redraw,
         "batch_size": args.batch_size,
     }
 
 
-def _check_redraw(args: argparse.Namespace) -> None:
+def _settle_redraw(args: argparse.Namespace) -> None:
+    """Refuse ``--redraw`` without ``--best-of``; where it was left out, whole pictures are drawn again."""
     if args.redraw and args.best_of == 1:
         args.parser.error("argument --redraw: needs --best-of, how often to draw again at most")
+    args.redraw = args.redraw or "picture"
 
 
 def _save(drawing: Drawing, args: argparse.Namespace) -> Report:
@@ -414,7 +416,7 @@ def _evaluate(args: argparse.Namespace) -> Report:
         for option in ("draws", "judge"):
             if getattr(args, option) is not None:
                 args.parser.error(f"argument --{option}: needs --conditions, whose pictures it is about")
-    _check_redraw(args)
+    _settle_redraw(args)
     if args.sheet and (args.sheet.suffix.lower() != ".png" or not args.sheet.parent.is_dir()):
         args.parser.error(f"argument --sheet: {str(args.sheet)!r} is not a .png file in a folder that is there")
     if args.sheet:
@@ -434,7 +436,7 @@ def _evaluate(args: argparse.Namespace) -> Report:
                 judge=args.judge or "judge",
                 data=args.data,
                 best_of=args.best_of,
-                redraw=args.redraw or "picture",
+                redraw=args.redraw,
                 seed=args.seed,
                 progress=progress,
                 model_name=model_name,
@@ -447,7 +449,7 @@ def _evaluate(args: argparse.Namespace) -> Report:
                 args.data,
                 first_seed=args.seed,
                 best_of=args.best_of,
-                redraw=args.redraw or "picture",
+                redraw=args.redraw,
                 progress=progress,
                 model_name=model_name,
             )

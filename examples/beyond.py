@@ -26,6 +26,7 @@ from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns, random_source
 from condgan.functional import changed_region, encode_objects, roll_conditions
 from condgan.images import from_uint8, grid, load_image, to_pil, to_uint8
+from condgan.measures import ratio
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on; its test split is used")
@@ -80,16 +81,13 @@ class Experiments:
         pictures = from_uint8(to_uint8(pictures))  # as in a file
         logits = self.judge.probabilities(pictures).logit(1e-7)
         found, exact = metrics.top_k_found(logits, objects), metrics.exact_set(logits, objects).double()
-        shape = (len(asked), draws)
         row: dict[str, Any] = {"experiment": name, "lists": len(asked), "pictures": len(pictures)}
         for measure, values, weights in (
             ("accuracy", found.double(), objects.sum(1).double()),
             ("exact", exact, torch.ones_like(exact)),
         ):
-            row[measure] = float(values.sum() / weights.sum())
-            several = len(asked) > 1  # one list says nothing of others
-            interval = metrics.share_interval(values.view(shape), weights.view(shape)) if several else None
-            row[f"{measure}_ci95"] = interval and list(interval)
+            share = ratio(values, weights, len(asked), share=True)
+            row[measure], row[f"{measure}_ci95"] = share.value, share.ci95 and list(share.ci95)
         self.rows.append(row | more)
         print(json.dumps(self.rows[-1]), file=sys.stderr, flush=True)
         if self.sheet is not None:

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condgan import IterativeGenerator, SceneClassifier, metrics
+from condgan import IterativeGenerator, SceneClassifier
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
 from condgan.images import from_uint8, to_uint8
+from condgan.measures import ratio
 from condgan.presets import PRESETS
 from condgan.runs import train
 
@@ -70,10 +71,9 @@ def score(
         ("right_shape", [a[1] == b[1] for a, b in parts]),
         ("found_as_third", [bool(row[names.index(b)] > 0.5) for row, b in zip(beside, wanted, strict=True)]),
     ):
-        values = torch.tensor(hits, dtype=torch.float64).view(len(group), draws)
-        report[name] = float(values.mean())
-        several = len(group) > 1  # one object says nothing of others
-        report[f"{name}_ci95"] = list(metrics.share_interval(values, torch.ones_like(values))) if several else None
+        values = torch.tensor(hits, dtype=torch.float64)
+        share = ratio(values, torch.ones_like(values), len(group), share=True)
+        report[name], report[f"{name}_ci95"] = share.value, share.ci95 and list(share.ci95)
     return report
 
 

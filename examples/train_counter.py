@@ -22,7 +22,7 @@ from condgan.counter import STRIDE, ObjectCounter, find_centres, match_places
 from condgan.datasets import SceneDataset, augment_scene
 from condgan.functional import changed_region, local_mean, place_map, place_of_change
 from condgan.images import from_uint8
-from condgan.metrics import share_interval
+from condgan.measures import ratio
 from condgan.precision import autocast
 
 HALF, SEED = 1, 303  # the half of the judge, a seed of its own
@@ -265,9 +265,8 @@ def score(model: ObjectCounter, scenes: Scenes) -> dict[str, object]:
     for name, pictures in (("real", real), ("one_more", more), ("one_fewer", fewer)):
         right = is_right(heat_maps(model, pictures.images), pictures.kinds, model.config.threshold)
         report[name] = {"pictures": len(right), "right": round(float(right.mean()), 4)}
-        if name == "real" and num_scenes > 1:  # one says nothing of others
-            of_scenes = right.view(num_scenes, num_turns)
-            report["real_ci95"] = [round(end, 4) for end in share_interval(of_scenes, torch.ones_like(of_scenes))]
+        if name == "real" and (interval := ratio(right, torch.ones_like(right), num_scenes, share=True).ci95):
+            report["real_ci95"] = [round(end, 4) for end in interval]
     distances = []
     wanted_total = 0
     for found, places, kinds in zip(model.places(real.images), real.places, real.kinds, strict=True):
