@@ -124,16 +124,18 @@ class TrainingScenes:
         """Empty scenes and what first turns made of them, (S, 2, 3, H, W) uint8, and the ids of their objects, (S,)."""
         return self.pixels[:, :2], self.objects[:, 0]
 
-    def batch(self, step: int, size: int, seed: int, part: Part | None = None) -> Batch:
+    def batch(
+        self, step: int, size: int, seed: int, part: Part | None = None, device: torch.device | str = "cpu"
+    ) -> Batch:
         """The scenes of one step, or a part of them: every epoch is a permutation, a function of seed and step only."""
         part = part or Part(0, size, size)
         scenes = []
         for position in range(step * size, (step + 1) * size)[part.scenes]:
             epoch, offset = divmod(position, len(self.pixels))
             scenes.append(int(self._permutation(epoch, seed)[offset]))
-        images = pictures.from_uint8(self.pixels[scenes])
-        objects = F.one_hot(self.objects[scenes], self.num_objects).float()
-        places = None if self.places is None else self.places[scenes].flatten(0, 1)
+        images = pictures.from_uint8(self.pixels[scenes].to(device))  # bytes on the way: a quarter of floats
+        objects = F.one_hot(self.objects[scenes], self.num_objects).float().to(device)
+        places = None if self.places is None else self.places[scenes].flatten(0, 1).to(device)
         return Batch(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1), objects, places, part)
 
     def _permutation(self, epoch: int, seed: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -147,7 +148,7 @@ class Trainer:
             optimizer.zero_grad()
         statistics = [buffer.clone() for buffer in self._statistics]
         reports = [self._learn_from(part) for part in self.parts]
-        total = self._optimize(torch.stack([torch.stack([*report.values()]) for report in reports]).sum(0))
+        totals = self._optimize(torch.stack([torch.stack([*report.values()]) for report in reports]).sum(0))
         num_images = self.config.batch_scenes * self.scenes.objects.shape[1]
         if self.skipped_in_a_row:  # this step was: nothing that it has seen stays
             for buffer, before in zip(self._statistics, statistics, strict=True):
@@ -159,7 +160,7 @@ class Trainer:
         self.images += num_images
         if reconstructed and self.adversarial:
             self._settle_codes()
-        return dict(zip(reports[0], total.tolist(), strict=True))
+        return dict(zip(reports[0], totals, strict=True))
 
     def _settle_codes(self) -> None:
         """From now on the noise encoder stays as it is; what the mapping knows of its codes is brought up to date."""
@@ -171,16 +172,12 @@ class Trainer:
 
     def _learn_from(self, part: Part) -> dict[str, Tensor]:
         """Add to the gradients what these scenes say; returns what they add to the losses."""
-        batch = self._mix_own_pictures(self._batch(part))
+        batch = self.scenes.batch(self.step, self.config.batch_scenes, self.config.seed, part, self.device)
+        batch = self._mix_own_pictures(batch)
         losses = self._adversarial_losses(batch) if self.adversarial else self._reconstruction_losses(batch)
         for names, loss in losses.minimised.items():
             loss.backward(inputs=self._parameters(*names), retain_graph=True)
         return {name: loss.detach() for name, loss in losses.reported.items()}
-
-    def _batch(self, part: Part) -> Batch:
-        batch = self.scenes.batch(self.step, self.config.batch_scenes, self.config.seed, part)
-        *tensors, part = batch
-        return Batch(*(None if x is None else x.to(self.device) for x in tensors), part)  # type: ignore[arg-type, call-arg]
 
     def _parameters(self, *names: str) -> list[nn.Parameter]:
         """What the optimizers of these names change."""
@@ -405,15 +402,17 @@ class Trainer:
             minimised = {("discriminator",): discriminator_loss, ("generator", "encoder"): generator_loss + other_loss}
         return Losses(minimised, reported | chance)
 
-    def _optimize(self, losses: Tensor) -> Tensor:
+    def _optimize(self, losses: Tensor) -> list[float]:
         """One step of this stage's optimizers, unless a loss or a gradient is not finite.
 
-        Losses (L,) and gradients are what the scenes of this rank add; returned are the losses over all ranks.
+        Losses (L,) and gradients are what the scenes of this rank add; returned are the losses over all ranks. Only
+        here a step waits for its device, which then has the updates to do while the next step is prepared.
         """
         names = ("discriminator", "generator", "encoder") if self.adversarial else ("reconstruction",)
         grads = [p.grad for p in self._parameters(*names) if p.grad is not None]
         self.ranks.sum_(losses, *grads)
-        if not torch.cat((losses, nn.utils.get_total_norm(grads)[None])).isfinite().all():
+        *totals, norm = torch.cat((losses, nn.utils.get_total_norm(grads)[None])).tolist()
+        if not all(map(isfinite, (*totals, norm))):
             self.skipped += 1
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -421,11 +420,11 @@ class Trainer:
                     f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite, "
                     f"the last one at picture {self.images}: lower the learning rate or raise the penalty's weight"
                 )
-            return losses
+            return totals
         self.skipped_in_a_row = 0
         for name in names:
             self.optimizers[name].step()
-        return losses
+        return totals
 
     @torch.no_grad()
     def _update_average(self, num_images: int) -> None:

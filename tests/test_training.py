@@ -296,7 +296,7 @@ def test_what_the_verifier_misreads_is_part_of_the_generators_loss(data: Path, m
     config = dataclasses.replace(RUN, verifier="a stub", legibility_weight=2.0)
     trainer = make_trainer(data, config, cast(SceneClassifier, Brightness().eval()))
     trainer.images = RUN.reconstruction_images
-    batch = trainer._batch(trainer.parts[0])
+    batch = trainer.scenes.batch(0, RUN.batch_scenes, 0)
     black = torch.full_like(batch.images, -1.0)
     there = torch.tensor([1.0, 2.0, 3.0]).repeat(len(batch.objects))  # objects so far: nothing is forgotten
     nothing_seen = 24 * math.log1p(math.exp(-3)) + 3 * there
