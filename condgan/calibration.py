@@ -126,10 +126,9 @@ class _Alike:
 
     def other_history(self, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """For each of these turns (n,) one that is alike, of any scene, of a first turn itself; which are later."""
-        ours = rows.cpu()
-        number = (torch.rand(len(ours), generator=rng, dtype=torch.float64) * self.size[ours]).long()
-        other = self.order[self.first[ours] + number].where(self.later[ours], ours)
-        return other.to(rows.device), self.later[ours].to(rows.device)
+        number = (torch.rand(len(rows), generator=rng, dtype=torch.float64) * self.size[rows]).long()
+        other = self.order[self.first[rows] + number].where(self.later[rows], rows)
+        return other, self.later[rows]
 
 
 @torch.no_grad()
@@ -173,14 +172,14 @@ def fit_mapping(
     alike = _Alike(turns.objects)
 
     def loss(rows: Tensor, rng: torch.Generator) -> Tensor:
-        around = torch.randn(len(rows), turns.codes.shape[1], generator=rng).to(rows.device)
+        around = torch.randn(len(rows), turns.codes.shape[1], generator=rng).to(turns.codes)
         others, later = alike.other_history(rows, rng)
         condition = _mixed(turns.conditions, turns.conditions_alone, others, history_dropout, rng)
         code = with_noise(turns.codes[rows], around, noise)
         place, light = (None if x is None else x[rows] for x in (turns.places, turns.light))
         if light is not None:
             light_noise = torch.randn(light.shape, generator=rng).to(light)
-            light = light + LIGHT_NOISE_STD * later[:, None] * light_noise
+            light = light + LIGHT_NOISE_STD * later[:, None].to(light.device) * light_noise
         return mapping.loss(code, condition, place, light)
 
     steps = MAPPING_EPOCHS * math.ceil(len(turns.codes) / FIT_BATCH_SIZE)
@@ -235,8 +234,7 @@ def fit_places(
     def loss(rows: Tensor, rng: torch.Generator) -> Tensor:
         others, later = alike.other_history(rows, rng)
         condition = _mixed(conditions, alone, others, history_dropout, rng)
-        rows = rows.cpu()
-        image, place = _seen_anew(from_uint8(before[rows]), where[rows], later.cpu(), rng)
+        image, place = _seen_anew(from_uint8(before[rows]), where[rows], later, rng)
         return model.loss(image.to(device), condition, place.to(device), None if light is None else light[others])
 
     steps = (PLACE_EPOCHS if epochs is None else epochs) * math.ceil(len(before) / FIT_BATCH_SIZE)
@@ -267,7 +265,7 @@ def _empty_scenes(generator: IterativeGenerator, first: Tensor, objects: Tensor,
 def _mixed(following: Tensor, alone: Tensor, rows: Tensor, share_alone: float, rng: torch.Generator) -> Tensor:
     """Conditions of these rows of (N, D); some as the RNN reads the turn alone."""
     forgetful = torch.rand(len(rows), 1, generator=rng) < share_alone
-    return torch.where(forgetful.to(rows.device), alone[rows], following[rows])
+    return torch.where(forgetful.to(following.device), alone[rows], following[rows])
 
 
 def _fit(
@@ -280,16 +278,15 @@ def _fit(
     name: str,
     progress: bool,
 ) -> None:
-    """Minimise the mean of a loss that takes the numbers of some of ``count`` samples and a random source."""
+    """Minimise the mean of a loss that takes numbers of some of ``count`` samples, on the CPU, and a random source."""
     weights = [*module.parameters()]
-    device = next(module.parameters()).device
     trainable = next(module.parameters()).requires_grad
     module.requires_grad_()
     optimizer = torch.optim.AdamW(weights, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     rng = torch.Generator().manual_seed(0)
     for _ in trange(steps, desc=name, unit="step", file=sys.stderr, disable=not progress):
-        rows = torch.randint(count, (batch_size,), generator=rng).to(device)
+        rows = torch.randint(count, (batch_size,), generator=rng)
         optimizer.zero_grad()
         loss(rows, rng).mean().backward(inputs=weights)
         nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,7 @@ def roll_conditions(
         A sequence's numbers do not depend on how much padding follows it.
 
     Raises:
-        ValueError: ``conditions`` or ``hidden`` is not of the shape above, or holds NaN or infinity.
+        ValueError: ``conditions`` or ``hidden`` is not of the shape above, or, on a CPU, holds NaN or infinity.
     """
     if not isinstance(conditions, Tensor):
         shapes = [tuple(sequence.shape) for sequence in conditions]
@@ -144,14 +144,15 @@ def rollout(
         leaves the picture as it was.
 
     Raises:
-        ValueError: a tensor does not have the shape above, holds NaN or infinity, or ``start`` is not in [-1, 1].
+        ValueError: a tensor does not have the shape above; or, on a CPU, one holds NaN or infinity, or ``start`` is not
+            in [-1, 1]. A GPU would have to be waited for.
     """
     if conditions.ndim != 3 or conditions.shape[1] == 0:
         raise ValueError(f"conditions must be (N, T, D) with T of at least 1, got {tuple(conditions.shape)}")
     _check_finite(conditions=conditions, z=z, start=start)
-    encoder = getattr(generator, "encoder", None)
-    is_multi_hot = bool(((conditions == 0) | (conditions == 1)).all())  # outputs may be as long as there are objects
-    if encoder is not None and conditions.shape[2] == getattr(encoder, "num_objects", None) and is_multi_hot:
+    encoder: Any = getattr(generator, "encoder", None)
+    may_be_objects = conditions.shape[2] == getattr(encoder, "num_objects", None)  # outputs may be as long
+    if may_be_objects and ((conditions == 0) | (conditions == 1)).all():
         conditions, _ = roll_conditions(encoder, conditions)
     n, turns, _ = conditions.shape
     if z.ndim == 2:
@@ -162,7 +163,7 @@ def rollout(
         raise ValueError(f"start must be ({n}, 3, H, W) or (3, H, W), got {tuple(start.shape)}")
     if not start.is_floating_point():
         raise ValueError(f"start must be floating point in [-1, 1], got {start.dtype}")
-    if start.numel() and start.abs().amax() > 1 + RANGE_TOLERANCE:
+    if start.numel() and start.device.type == "cpu" and start.abs().amax() > 1 + RANGE_TOLERANCE:
         raise ValueError(f"start must be in [-1, 1], got values up to {start.abs().amax():.4g} in size")
     if rest is not None and rest.shape != (n, *start.shape[-3:]):
         raise ValueError(f"rest must be {(n, *start.shape[-3:])}, got {tuple(rest.shape)}")
@@ -188,8 +189,9 @@ def rollout(
 
 
 def _check_finite(**tensors: Tensor | None) -> None:
+    """Refuse NaN and infinity on a CPU: a GPU would have to be waited for."""
     for name, tensor in tensors.items():
-        if tensor is not None and not tensor.isfinite().all():
+        if tensor is not None and tensor.device.type == "cpu" and not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
 
 

@@ -212,15 +212,15 @@ class Trainer:
         z = z[before_ours : before_ours + count].to(self.device)
         uniform = torch.rand(int(chosen.sum()), 1, *batch.images.shape[2:], generator=rng)
         uniform = uniform[before_ours : before_ours + count].to(self.device)
-        own = own.to(self.device)
-        rows = own.repeat_interleave(turns)
+        rows = own.repeat_interleave(turns).nonzero()[:, 0].to(self.device)  # numbers: for masks a GPU is waited for
         prev_images = batch.prev_images.clone()
         images = batch.images.clone()
         places = None if batch.places is None else batch.places[rows].unflatten(0, (count, turns))
         start_images = prev_images[rows].unflatten(0, (count, turns))[:, 0]
         rest = pictures.estimate_rest(start_images, uniform)
         with torch.no_grad(), self._autocast():
-            drawn = rollout(self.ema_generator, batch.objects[own], z, start_images, places, rest=rest)
+            conditions, _ = roll_conditions(self.ema_generator.encoder, batch.objects[own.nonzero()[:, 0]])
+            drawn = rollout(self.ema_generator, conditions, z, start_images, places, rest=rest)
         before = torch.cat((start_images[:, None], drawn[:, :-1]), 1).flatten(0, 1)
         changed = changed_region(prev_images[rows], images[rows])[:, None]
         shaded = (before + images[rows] - prev_images[rows]).clamp(-1, 1)  # soft shadows fall on what was drawn
