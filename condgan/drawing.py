@@ -128,10 +128,17 @@ def draw_turns(
                 None if draw_turn is None else partial(draw_turn, range(len(objects))[part]),
             )
             drawn, put = zip(*steps, strict=True)
-            images.append(torch.stack([*drawn, *[drawn[-1]] * (turns + 1 - len(drawn))], 1))
+            images.append(torch.stack([*drawn, *[drawn[-1]] * (turns + 1 - len(drawn))], 1).cpu())
+            _check_drawn(images[-1])
             if generator.place_model is not None:
-                where.append(F.pad(torch.stack(put[1:], 1), (0, 0, 0, turns + 1 - len(put)), value=math.nan))
+                where.append(F.pad(torch.stack(put[1:], 1).cpu(), (0, 0, 0, turns + 1 - len(put)), value=math.nan))
     return Turns(torch.cat(images), torch.cat(where) if where else None)
+
+
+def _check_drawn(images: Tensor) -> None:
+    """Refuse pictures of a model that is damaged."""
+    if not math.isfinite(images.sum()):  # one number is enough to see it
+        raise ValueError("the model draws NaN or infinity: its weights are damaged, load or train them again")
 
 
 def pictures_at_once(generator: SceneModel, batch_size: int | None) -> int:
@@ -181,7 +188,7 @@ def iterate_turns(
     start: Tensor | None,
     draw_turn: Callable[[int, Tensor, Tensor, Tensor, Sequence[Place | None]], DrawnTurn] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The canvas, then turn after turn of one batch: pictures (N, 3, H, W) and places (N, 2), both on the CPU.
+    """The canvas, then turn after turn of one batch: pictures (N, 3, H, W) and places (N, 2), where the generator is.
 
     Light and grain are drawn for a given ``start`` too, so that the noise of the turns does not depend on it.
     ``draw_turn`` is as in :func:`draw_turns`, for these pictures.
@@ -191,7 +198,7 @@ def iterate_turns(
     if start is not None:
         image = start.to(weight.device)
     image = image.contiguous(memory_format=torch.channels_last)  # convolutions are faster so
-    yield image.cpu(), None
+    yield image, None
     conditions, _ = roll_conditions(generator.encoder, objects.to(weight.device, weight.dtype))
     # The same strides for any number of turns: a turn that was compiled for one scene then serves all.
     by_turn = conditions.transpose(0, 1).clone(memory_format=torch.contiguous_format)
@@ -201,9 +208,9 @@ def iterate_turns(
             drawn, place = _draw_turn(generator, _turn_noise(generator, rngs), condition, image, wanted)
         else:
             drawn, place = draw_turn(turn, condition, image, rest, wanted)
-        present = objects[:, turn].any(1)
-        image, rest = round_turn(image, torch.where(present.to(weight.device)[:, None, None, None], drawn, image), rest)
-        yield image.cpu(), None if place is None else place.cpu().masked_fill(~present.cpu()[:, None], math.nan)
+        present = objects[:, turn].any(1).to(weight.device)[:, None]
+        image, rest = round_turn(image, torch.where(present[:, :, None, None], drawn, image), rest)
+        yield image, None if place is None else place.masked_fill(~present, math.nan)
 
 
 def _normal(generator: SceneModel, rngs: Sequence[torch.Generator], *shape: int) -> Tensor:
@@ -241,13 +248,10 @@ def _draw_turn(
     place, light = None, generator.read_light(image)
     if generator.place_model is not None:
         place = generator.place_model(image.to(condition.dtype), condition, noise.uniform, light).float()
-        for i, asked in enumerate(wanted):
-            if asked is not None:
-                place[i] = torch.tensor(asked, dtype=place.dtype)
-    drawn = generator(noise.z, condition, image, place, light)
-    if not math.isfinite(drawn.sum()):  # one number is enough to see it
-        raise ValueError("the model draws NaN or infinity: its weights are damaged, load or train them again")
-    return drawn, place
+        if any(asked is not None for asked in wanted):
+            told = torch.tensor([asked or (math.nan, math.nan) for asked in wanted], dtype=place.dtype).to(place.device)
+            place = torch.where(told.isnan(), place, told)
+    return generator(noise.z, condition, image, place, light), place
 
 
 def draw(
@@ -411,6 +415,7 @@ def best_turns(
             noise, asked = _turn_noise(generator, rngs), [wanted[row] for row in rows]
             drawn, place = _draw_turn(generator, noise, condition[rows], image[rows], asked)
             seen, _ = round_turn(image[rows], drawn, rest[rows])
+            _check_drawn(seen)
             return drawn, place, exact_probability(seen, targets[turn][chosen])
 
         drawn, place, score = draw_candidate(0, [*range(len(pictures))])
@@ -469,7 +474,9 @@ def _stream_turns(
 
     def draw_next() -> DrawnTurn:
         with torch.no_grad(), evaluating(generator):
-            return next(steps)
+            image, place = next(steps)
+        _check_drawn(image)
+        return image.cpu(), None if place is None else place.cpu()
 
     image, _ = draw_next()
     for turn, name in enumerate(scene):

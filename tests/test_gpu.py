@@ -135,6 +135,15 @@ def test_a_model_on_a_gpu_is_evaluated_as_on_a_cpu(compact: IterativeGenerator, 
         assert report[name] == pytest.approx(wanted[name]), name
 
 
+def test_a_batch_of_scenes_waits_for_a_gpu_when_it_is_drawn(generator: IterativeGenerator) -> None:
+    with pretend_gpu() as gpu:
+        generator = on_gpu(generator)
+        places = [[(20.0, 30.0)] * len(scene) for scene in SCENES] if generator.config.places else None
+        gpu.waits.clear()
+        generator.generate(SCENES, seed=1, at=places)
+    assert len(gpu.waits) == 1 + generator.config.places, "pictures and places"
+
+
 def test_a_set_is_drawn_on_a_gpu(compact: IterativeGenerator, tmp_path: Path) -> None:
     lists = tmp_path / "lists.jsonl"
     lists.write_text("\n".join(map(json.dumps, SCENES[:3])))
