@@ -426,7 +426,7 @@ def _evaluate(args: argparse.Namespace) -> Report:
     texts = []
     # The file is opened first: nobody wants to hear after an hour that it cannot be written.
     with _written_whole(args.out) if args.out else contextlib.nullcontext() as file:
-        generator = IterativeGenerator.from_pretrained(args.model)
+        generator = IterativeGenerator.from_pretrained(args.model).to(args.device)
         progress = sys.stderr.isatty()
         if args.conditions is not None:
             report = evaluate(
@@ -728,6 +728,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(evaluate, "--judge", shown="judge", metavar="NAME")
     evaluate.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the first picture (default: 0)")
     _add_best_of(evaluate)
+    evaluate.add_argument(
+        "--device",
+        type=_device,
+        default="cpu",
+        help="where to draw, and to train --realism's classifiers (default: cpu)",
+    )
     evaluate.add_argument("--realism", action="store_true", help="tell drawn pictures from the real ones of --data")
     evaluate.add_argument(
         "--sheet", type=Path, metavar="FILE.png", help="write a picture of what --realism is surest about"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from condgan import IterativeGenerator, ObjectCounter, SceneClassifier, calibration, precision, ranks
 from condgan.batches import TrainingScenes
+from condgan.cli import main
 from condgan.datasets import SceneDataset
-from condgan.evaluation import evaluate
 from condgan.models import DiffDiscriminator, NoiseEncoder
 from condgan.presets import TrainConfig
 from condgan.realism import ToldApart, told_apart
@@ -125,14 +125,24 @@ def test_a_run_on_a_gpu_goes_on_where_it_was(data: Path, tmp_path: Path, monkeyp
     torch.testing.assert_close(drawn.tensor, whole.generate(SCENES[2], seed=1).tensor)
 
 
-def test_a_model_on_a_gpu_is_evaluated_as_on_a_cpu(compact: IterativeGenerator, data: Path, tmp_path: Path) -> None:
+def test_a_model_on_a_gpu_is_evaluated_as_on_a_cpu(
+    compact: IterativeGenerator, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lists = tmp_path / "lists.json"
     lists.write_text(json.dumps(SCENES[:3]))
-    wanted = evaluate(compact, lists, draws=2, data=data, progress=False).to_dict()
-    with pretend_gpu():
-        report = evaluate(on_gpu(compact), lists, draws=2, data=data, progress=False).to_dict()
-    for name in ("accuracy", "exact", "count_accuracy", "retention", "preservation"):
-        assert report[name] == pytest.approx(wanted[name]), name
+    command = ["evaluate", str(compact.save_pretrained(tmp_path / "model")), "--conditions", str(lists)]
+    command += ["--draws", "2", "--data", str(data), "--json", "--device"]
+    reports = {}
+    for device in ("cpu", GPU.type):
+        with pretend_gpu() as gpu:
+            assert main([*command, device]) == 0
+        reports[device] = json.loads(capsys.readouterr().out)
+        assert bool(gpu.waits) == (device == GPU.type), "the pictures come from there"
+        del reports[device]["seconds"]
+    numbers = {name: value for name, value in reports["cpu"].items() if isinstance(value, float)}
+    assert {"accuracy", "exact", "object_f1", "preservation", "diversity"} <= numbers.keys()
+    for name, value in numbers.items():
+        assert reports[GPU.type][name] == pytest.approx(value, rel=1e-3), name
 
 
 def test_a_batch_of_scenes_waits_for_a_gpu_when_it_is_drawn(generator: IterativeGenerator) -> None:
