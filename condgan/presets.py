@@ -35,6 +35,7 @@ class TrainConfig:
     lr_generator: float = 1e-4
     lr_discriminator: float = 4e-4
     lr_encoder: float = 1e-3
+    """The RNN in the adversarial stage. See :attr:`keeps_chance` for 0."""
     beta2: float = 0.9
     """Adam's second coefficient in the adversarial stage; the first is 0."""
     lr_reconstruction: float = 1e-3
@@ -61,8 +62,8 @@ class TrainConfig:
     legibility_weight: float = 0.0
     """Adversarial stage: weight of the verifier's cross-entropy for the objects so far, in what the generator draws."""
     bf16: bool = True
-    """Autocast to bfloat16, on devices that multiply it (:func:`condgan.precision.fast_bfloat16`). Weights and the
-    optimizer stay float32; gradient penalties are sums in float32 of what passed convolutions in bfloat16."""
+    """Autocast to bfloat16, on devices that multiply it (:func:`condgan.precision.fast_bfloat16`). Weights and
+    optimizers stay float32, and so does the discriminator: it compares two pictures that are nearly equal."""
     seed: int = 0
     """From 0 to 2**63 - 1."""
 
@@ -99,6 +100,15 @@ class TrainConfig:
             ours, theirs = getattr(self.generator, name), getattr(self.discriminator, name)
             if ours != theirs:
                 raise ValueError(f"generator and discriminator must agree on {name}, got {ours!r} and {theirs!r}")
+
+    @property
+    def keeps_chance(self) -> bool:
+        """Whether places and codes are drawn as the generator draws them from which the run starts.
+
+        So it is with ``init_generator`` and ``lr_encoder=0``, without a first stage: what place model and mapping read
+        stays as it is, and they learn nothing more, neither step by step nor at the end of the run.
+        """
+        return self.init_generator is not None and self.lr_encoder == 0 and self.reconstruction_images == 0
 
     @property
     def noise_encoder(self) -> NoiseEncoderConfig | None:

@@ -309,8 +309,10 @@ class Trainer:
 
     def _chance_losses(self, batch: Batch, conditions: Tensor, code: Tensor | None) -> dict[str, Tensor]:
         """Of what is left to chance, places and codes: how unlikely the real ones are. The networks are not touched."""
+        losses: dict[str, Tensor] = {}
+        if self.config.keeps_chance:
+            return losses
         conditions = conditions.detach().float()
-        losses = {}
         light = self.generator.read_light(batch.prev_images)
         if self.generator.place_model is not None and batch.places is not None:
             place = self.generator.place_model.loss(batch.prev_images, conditions, batch.places, light)
@@ -350,13 +352,11 @@ class Trainer:
         fake = _as_seen(drawn, batch.prev_images, self._uniform(batch))
         judged = reverse_gradient(fake) if self.objective.zero_sum else fake
         real_input = batch.images.clone().requires_grad_(penalised)
-        with self._autocast():
-            pair = self.discriminator.compare(
-                batch.prev_images, [judged, real_input], conditions.detach(), batch.places
-            )
-        (fake_logits, fake_object_logits), (real_logits, real_object_logits) = (
-            (output.logits.float(), output.object_logits.float()) for output in pair
+        # In float32: of features of two pictures that are nearly equal, rounding would be most of the difference.
+        pair = self.discriminator.compare(
+            batch.prev_images, [judged, real_input], conditions.detach().float(), batch.places
         )
+        (fake_logits, fake_object_logits), (real_logits, real_object_logits) = pair
 
         discriminator_loss = batch.mean(
             self.objective.discriminator(
@@ -442,19 +442,22 @@ class Trainer:
 
     def finish(self, progress: bool = True) -> IterativeGenerator:
         """What the run was for: :meth:`export`, with mapping, place model and correction fitted to finished weights."""
-        generator, scenes = copy.deepcopy(self.ema_generator), self.scenes
-        one_hot = F.one_hot(scenes.objects, scenes.num_objects).float()
-        self._fit_mapping(generator, progress)
+        generator = copy.deepcopy(self.ema_generator)
+        if not self.config.keeps_chance:
+            self._fit_mapping(generator, progress)
+            self._fit_places(generator, progress)
+        recalibrate(generator, F.one_hot(self.scenes.objects, self.scenes.num_objects).float())
+        if generator.correction is not None:
+            turns = self.scenes.first_turns
+            correct_first_turns(generator, self.noise_encoder, *turns, progress=progress)
+        return generator
+
+    def _fit_places(self, generator: IterativeGenerator, progress: bool) -> None:
+        scenes, dropout = self.scenes, self.config.history_dropout
         if scenes.places is not None:
-            dropout = self.config.history_dropout
             fit_places(
                 generator, scenes.pixels, scenes.objects, scenes.places, history_dropout=dropout, progress=progress
             )
-        recalibrate(generator, one_hot)
-        if generator.correction is not None:
-            turns = scenes.first_turns
-            correct_first_turns(generator, self.noise_encoder, *turns, progress=progress)
-        return generator
 
     def _fit_mapping(self, generator: IterativeGenerator, progress: bool) -> None:
         if generator.mapping is None or self.noise_encoder is None:

@@ -14,7 +14,7 @@ import torch
 from tiny import RUN
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator, SceneClassifier, training
+from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator, SceneClassifier, precision, training
 from condgan.batches import TrainingScenes, step_rng
 from condgan.canvas import Canvas
 from condgan.datasets import SceneDataset
@@ -445,3 +445,36 @@ def test_presets_name_networks_that_can_be_built(name: str) -> None:
     if name == "compact":
         generator = IterativeGenerator(config.generator)
         assert 2 * sum(p.numel() for p in generator.state_dict().values()) < 15e6  # bytes in fp16
+
+
+def test_places_and_codes_of_the_start_are_kept_where_the_rnn_learns_nothing(data: Path) -> None:
+    source = {"init_generator": "somewhere", "init_noise_encoder": "somewhere"}  # which `runs` reads
+    settled = dataclasses.replace(RUN, **source, reconstruction_images=0, lr_encoder=0.0)
+    assert settled.keeps_chance
+    for change in ({"lr_encoder": 1e-3}, {"init_generator": None}, {"reconstruction_images": 36}):
+        assert not dataclasses.replace(settled, **change).keeps_chance
+    trainer = make_trainer(data, settled)
+    before = copy.deepcopy(trainer.generator)
+    losses = [trainer.train_step() for _ in range(3)][-1]
+    assert not {"place", "mapping"} & losses.keys()
+    finished = trainer.finish(progress=False)
+    for name in ("encoder", "place_model", "mapping"):
+        learned = finished.get_submodule(name).parameters()
+        for ours, theirs in zip(learned, before.get_submodule(name).parameters(), strict=True):
+            assert torch.equal(ours, theirs), name
+    assert not torch.equal(finished.conv.weight, before.conv.weight)
+
+
+def test_in_bfloat16_the_discriminator_stays_in_float32(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: True)
+    trainer = make_trainer(data, dataclasses.replace(RUN, bf16=True))
+    trainer.images = RUN.reconstruction_images
+    seen: dict[str, set[torch.dtype]] = {"generator": set(), "discriminator": set()}
+    for name, dtypes in seen.items():
+        for module in getattr(trainer, name).modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(lambda _, __, output, dtypes=dtypes: dtypes.add(output.dtype))
+    losses = trainer.train_step()
+    assert all(map(math.isfinite, losses.values()))
+    assert seen["discriminator"] == {torch.float32}
+    assert torch.bfloat16 in seen["generator"]
