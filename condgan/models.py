@@ -384,8 +384,8 @@ class DiffDiscriminator(PretrainedModel):
 
     Both pictures pass the first three blocks, their features are subtracted, and the difference goes on.
 
-    Call it in float32, outside ``torch.autocast``: the two pictures are nearly equal, and what bfloat16 rounds off is more
-    than what tells a drawn turn from a real one (docs/experiments.md).
+    Call it in float32, outside ``torch.autocast``: the two pictures are nearly equal, and what bfloat16 rounds off is
+    more than what tells a drawn turn from a real one (docs/experiments.md).
 
     Args:
         config: the architecture; None is the reference's, 64x64 and 24 objects.
