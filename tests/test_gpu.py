@@ -12,20 +12,16 @@ from typing import Any
 import pytest
 import torch
 from pretend_gpu import GPU, OnGpu, pretend_gpu
-from tiny import RUN, SCENES
+from tiny import RUN, SCENES, make_trainer
 from torch import Tensor
 
 from condgan import IterativeGenerator, ObjectCounter, SceneClassifier, calibration, precision, ranks
-from condgan.batches import TrainingScenes
 from condgan.cli import main
 from condgan.datasets import SceneDataset
-from condgan.models import DiffDiscriminator, NoiseEncoder
-from condgan.presets import TrainConfig
 from condgan.realism import ToldApart, told_apart
 from condgan.results import Drawing
 from condgan.runs import train
 from condgan.shards import draw_set
-from condgan.training import Trainer
 
 
 def test_the_pretended_gpu_is_as_strict_as_a_real_one() -> None:
@@ -81,25 +77,13 @@ def test_a_gpu_draws_what_a_cpu_draws(
     assert drawn.places == wanted.places
 
 
-def make_trainer(data: Path, config: TrainConfig, device: torch.device | str) -> Trainer:
-    torch.manual_seed(0)
-    generator, discriminator = IterativeGenerator(config.generator), DiffDiscriminator(config.discriminator)
-    noise_encoder = None if config.noise_encoder is None else NoiseEncoder(config.noise_encoder)
-    verifier = SceneClassifier.from_pretrained().to(device) if config.legibility_weight else None
-    scenes = TrainingScenes(SceneDataset(data, "train"), generator)
-    for network in (generator, discriminator, noise_encoder):
-        if network is not None:
-            network.to(device)
-    return Trainer(config, scenes, generator, discriminator, noise_encoder, verifier=verifier)
-
-
 @pytest.mark.parametrize("objective", ["relativistic", "reference"])
 def test_a_gpu_learns_what_a_cpu_learns_and_is_waited_for_once_a_step(data: Path, objective: str) -> None:
     config = dataclasses.replace(RUN, objective=objective, legibility_weight=1.0, reconstruction_images=27)
-    trainer = make_trainer(data, config, "cpu")
+    trainer = make_trainer(data, config, SceneClassifier.from_pretrained())
     wanted = [trainer.train_step() for _ in range(8)]
     with pretend_gpu() as gpu:
-        trainer = make_trainer(data, config, GPU)
+        trainer = make_trainer(data, config, SceneClassifier.from_pretrained(), GPU)
         losses, waits = [], []
         for _ in range(8):
             gpu.waits.clear()

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 import torch
-from tiny import RUN
+from tiny import RUN, make_trainer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator, SceneClassifier, precision, training
@@ -21,18 +21,9 @@ from condgan.datasets import SceneDataset
 from condgan.functional import local_mean
 from condgan.images import GRAIN, LEVEL, from_uint8, to_uint8
 from condgan.losses import Objective
-from condgan.models import DiffDiscriminator, NoiseEncoder
 from condgan.presets import PRESETS, TrainConfig
-from condgan.training import MAX_SKIPPED_IN_A_ROW, Trainer, TrainingDiverged, _as_seen
+from condgan.training import MAX_SKIPPED_IN_A_ROW, TrainingDiverged, _as_seen
 from condgan.vocab import Vocabulary
-
-
-def make_trainer(data: Path, config: TrainConfig = RUN, verifier: SceneClassifier | None = None) -> Trainer:
-    torch.manual_seed(config.seed)
-    generator, discriminator = IterativeGenerator(config.generator), DiffDiscriminator(config.discriminator)
-    noise_encoder = None if config.noise_encoder is None else NoiseEncoder(config.noise_encoder)
-    scenes = TrainingScenes(SceneDataset(data, "train"), generator)
-    return Trainer(config, scenes, generator, discriminator, noise_encoder, verifier=verifier)
 
 
 def test_both_networks_know_how_empty_scenes_are_lit(data: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from condgan import GeneratorConfig, IterativeGenerator
+from condgan import DiffDiscriminator, GeneratorConfig, IterativeGenerator, NoiseEncoder, SceneClassifier
+from condgan.batches import TrainingScenes
+from condgan.datasets import SceneDataset
 from condgan.presets import PRESETS, TrainConfig
+from condgan.training import Trainer
 
 PRESET = PRESETS["compact"]
 COMPACT = replace(PRESET.generator, width=4, condition_dim=12, light_components=3, light_inputs=2)
@@ -86,3 +90,20 @@ def assert_drawn_alike(images: torch.Tensor, others: torch.Tensor) -> None:
     levels_off = 127.5 * (images - others).abs()
     assert levels_off.max() < 2
     assert (levels_off > 0.5).float().mean() < 1e-4
+
+
+def make_trainer(
+    data: Path,
+    config: TrainConfig = RUN,
+    verifier: SceneClassifier | None = None,
+    device: torch.device | str = "cpu",
+) -> Trainer:
+    """Before the first step of a run on packed scenes."""
+    torch.manual_seed(config.seed)
+    generator, discriminator = IterativeGenerator(config.generator), DiffDiscriminator(config.discriminator)
+    noise_encoder = None if config.noise_encoder is None else NoiseEncoder(config.noise_encoder)
+    scenes = TrainingScenes(SceneDataset(data, "train"), generator)
+    for network in (generator, discriminator, noise_encoder, verifier):
+        if network is not None:
+            network.to(device)
+    return Trainer(config, scenes, generator, discriminator, noise_encoder, verifier=verifier)
