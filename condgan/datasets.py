@@ -233,11 +233,6 @@ class SceneDataset(Dataset[SceneRecord]):
             raise DatasetError(f"{self.path} differs from its checksum, it is damaged: run `condgan prepare` again")
 
 
-def is_packed(path: Path) -> bool:
-    """Whether this looks like a finished packed file, whatever its name."""
-    return path.with_suffix(".json").is_file() and not path.stem.endswith(".partial")
-
-
 def _find_packed(path: Path, image_size: int | None) -> Path:
     """The packed file that a path means: itself, or the one in the folder, of this size if there is one."""
     if path.suffix == ".npy":
@@ -250,7 +245,8 @@ def _find_packed(path: Path, image_size: int | None) -> Path:
     for usual in (*wanted, packed_path(path)):
         if usual.is_file():
             return usual
-    others = sorted(other for other in path.glob("*.npy") if is_packed(other))
+    finished = (other for other in path.glob("*.npy") if not other.stem.endswith(".partial"))
+    others = sorted(other for other in finished if other.with_suffix(".json").is_file())
     if len(others) > 1:
         raise DatasetError(f"{path} holds several packed files, give one: {', '.join(map(str, others))}")
     if others:

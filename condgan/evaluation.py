@@ -97,7 +97,7 @@ def evaluate(
     Raises:
         TypeError, ValueError: an argument does not fit, a name is unknown, or ``data`` has no test scene or pictures
             of another size than the generator's; ``conditions`` is not there.
-        FileNotFoundError: ``data`` is not there.
+        DatasetError: ``data`` is not there or damaged.
     """
     started = time.perf_counter()
     draws, batch_size = parse_whole("draws", draws, 1, MAX_PICTURES), parse_whole("batch_size", batch_size, 1)

@@ -384,7 +384,7 @@ def realism_report(
         model_name: what the report calls the generator; None is the name of its class.
 
     Raises:
-        FileNotFoundError: ``data`` is not there.
+        DatasetError: ``data`` is not there or damaged.
         ValueError: ``data`` cannot be used, has too few scenes, pictures of another size than the generator's or an
             object that it does not know; or an argument is less than 1.
     """

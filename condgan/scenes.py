@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from condgan.datasets import SceneDataset, Split, is_packed, packed_path
+from condgan.datasets import SceneDataset, Split
 from condgan.drawing import Redraw, SceneModel, draw_best
 from condgan.functional import encode_objects, places_of_turns
 from condgan.images import from_uint8, to_uint8
@@ -105,22 +105,14 @@ def open_real(data: str | Path, image_size: int, split: Split | None = None) -> 
         split: which scenes; None is all.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        DatasetError: there is no such file, or it is damaged.
         ValueError: it has pictures of another size.
     """
-    path = Path(data)
-    if path.is_dir():
-        named = [other for other in path.glob("*.npy") if is_packed(other)]
-        path = packed_path(path, image_size)
-        if len(named) == 1 and not path.is_file():
-            (path,) = named
-    if not path.is_file():
-        raise FileNotFoundError(f"data: there is no file {str(path)!r}; `condgan prepare` writes it")
-    dataset = SceneDataset(path, split)
+    dataset = SceneDataset(data, split, image_size=image_size)
     size = dataset.pixels.shape[-1]
     if size != image_size:
         raise ValueError(
-            f"data: {str(path)!r} has pictures of {size} pixels, but the generator draws {image_size}; "
+            f"data: {str(dataset.path)!r} has pictures of {size} pixels, but the generator draws {image_size}; "
             "prepare the data in its size"
         )
     return dataset
@@ -137,7 +129,7 @@ def read_real(data: str | Path, generator: SceneModel, vocabulary: Vocabulary) -
         vocabulary: in which the objects are given.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        DatasetError: there is no such file, or it is damaged.
         ValueError: it has pictures of another size, an unknown object, or no scene of the test or validation split.
     """
 

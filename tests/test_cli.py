@@ -268,7 +268,7 @@ def test_wrong_usage(line: str, message: str, run: Run, tmp_path: Path) -> None:
             "evaluate --conditions {data}/test.json --judge iclevr-64",
             "holds the model type IterativeGenerator, wanted is Sce",
         ),
-        ("evaluate --conditions {data}/test.json --data missing", "there is no file 'missing'"),
+        ("evaluate --conditions {data}/test.json --data missing", "missing is neither a folder nor a packed .npy file"),
         ("evaluate --conditions {data}/test.json --out missing/report.json", "cannot write 'missing/report.json'"),
         ("evaluate --conditions {data}/test.json --out .", "cannot write '.'"),
     ],

@@ -17,7 +17,7 @@ from condgan import drawing, evaluation, layout, metrics, scenes
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.configs import GeneratorConfig
 from condgan.counter import ObjectCounter, ObjectCounterConfig
-from condgan.datasets import scene_split
+from condgan.datasets import DatasetError, scene_split
 from condgan.drawing import Best, Turns
 from condgan.evaluation import evaluate
 from condgan.images import to_uint8
@@ -726,7 +726,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(score: Score, pac
     ):
         with pytest.raises(TypeError, match=message):
             score(never, **options)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.npy.*condgan prepare"):
+    with pytest.raises(DatasetError, match=r"nowhere\.npy.*condgan prepare"):
         _read(tmp_path / "nowhere.npy")
     index = json.loads((packed / f"condgan-{SIZE}.json").read_text())
     small = np.load(packed / f"condgan-{SIZE}.npy")[..., :32, :32]

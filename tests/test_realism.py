@@ -339,15 +339,15 @@ def test_report_of_real_trials(compact: IterativeGenerator, data: Path) -> None:
         ({"control_seeds": 0}, "control_seeds must be between 1 and .*, got 0"),
         ({"first_seed": -1}, "seed must be between 0"),
         ({"best_of": 0}, "best_of"),
-        ({"data": "nowhere.npy"}, "there is no file 'nowhere.npy'"),
-        ({"data": "."}, "there is no file 'condgan-64.npy'"),
+        ({"data": "nowhere.npy"}, "there is no file nowhere.npy"),
+        ({"data": "."}, "there is no packed file in"),
     ],
 )
 def test_wrong_report_arguments(
     options: dict[str, Any], message: str, compact: IterativeGenerator, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(ValueError, match=message):
         realism_report(compact, options.pop("data", data), progress=False, **options)
 
 
