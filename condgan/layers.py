@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +148,43 @@ def _summed_in_pairs(weight: Tensor, factor: float) -> Tensor:
     return (sums @ weight.permute(0, 2, 3, 1).flatten(1, 2)).unflatten(1, (4, 4)).permute(0, 3, 1, 2)
 
 
+class _RectifiedChange(torch.autograd.Function):
+    """:func:`rectified_change`. Its derivatives are those of the rectifier at ``x + change`` and at ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Tensor) -> Tensor:
+        ctx.save_for_backward(x, change)
+        negated = -x
+        return torch.maximum(change, negated).sub_(negated.relu_()).lerp_(change, NEGATIVE_SLOPE)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, change = ctx.saved_tensors
+        after = torch.ops.aten.leaky_relu_backward(grads[0], x + change, NEGATIVE_SLOPE, False)
+        return after - torch.ops.aten.leaky_relu_backward(grads[0], x, NEGATIVE_SLOPE, False), after
+
+
+def rectified_change(x: Tensor, change: Tensor) -> Tensor:
+    """``leaky_relu(x + change) - leaky_relu(x)``, rounded as ``change`` is, not as ``x`` is.
+
+    Subtracted from each other, the two would leave what rounding took from them, which in bfloat16 is more than a small
+    change. Where no sign turns, a change passes as its half of the rectifier lets it; of a ReLU it is
+    ``max(change, -x) - relu(-x)`` everywhere.
+
+    Shape:
+        x, change: of one shape.
+        output: likewise.
+    """
+    rectified: Tensor = _RectifiedChange.apply(x, change)
+    return rectified
+
+
+def _convolved_changes(conv: nn.Conv2d, changes: Sequence[Tensor]) -> list[Tensor]:
+    """Of the input of a convolution to those of its output, which its bias does not change."""
+    weight = conv.weight
+    return [F.conv2d(change, weight, padding=conv.padding) for change in changes]
+
+
 def _pixels(x: Tensor) -> int:
     """Of maps (N, C, H, W) all together."""
     return x.shape[0] * x.shape[2] * x.shape[3]
@@ -242,9 +280,30 @@ class DisBlock(nn.Module):
         if self.preactivate:
             x = F.leaky_relu(x, NEGATIVE_SLOPE)
         x = F.leaky_relu(self.c1(x), NEGATIVE_SLOPE)
+        return self._halve(x, self.c2.bias) + shortcut
+
+    def changes(self, x: Tensor, changes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What the block makes of ``x``, and how ``x + change`` would change that, for each of ``changes``.
+
+        The same as ``block(x + change) - block(x)``, but what rounding costs goes by the size of the changes.
+
+        Shape:
+            x: as in :meth:`forward`; changes: likewise, each.
+            output: as that of :meth:`forward`, and likewise for each change.
+        """
+        shortcuts = _convolved_changes(self.c0, [F.avg_pool2d(change, 2) for change in changes])
+        inside = [rectified_change(x, change) for change in changes] if self.preactivate else changes
+        before = self.c1(F.leaky_relu(x, NEGATIVE_SLOPE) if self.preactivate else x)
+        inside = [rectified_change(before, change) for change in _convolved_changes(self.c1, inside)]
+        inside = [self._halve(change, None) for change in inside]
+        y = self._halve(F.leaky_relu(before, NEGATIVE_SLOPE), self.c2.bias) + self.c0(F.avg_pool2d(x, 2))
+        return y, [change + shortcut for change, shortcut in zip(inside, shortcuts, strict=True)]
+
+    def _halve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The second convolution and the pooling."""
         if _pixels(x) < HALVED_PIXELS:
-            return F.avg_pool2d(self.c2(x), 2) + shortcut
-        return F.conv2d(x, halving_weight(self.c2.weight), self.c2.bias, stride=2, padding=1) + shortcut
+            return F.avg_pool2d(F.conv2d(x, self.c2.weight, bias, padding=1), 2)
+        return F.conv2d(x, halving_weight(self.c2.weight), bias, stride=2, padding=1)
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import log2
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from condgan.parts import (
     look,
     widths_of,
 )
+from condgan.precision import is_coarse
 from condgan.requests import Place
 from condgan.results import Drawing, Turn
 from condgan.vocab import Vocabulary
@@ -384,8 +385,10 @@ class DiffDiscriminator(PretrainedModel):
 
     Both pictures pass the first three blocks, their features are subtracted, and the difference goes on.
 
-    Call it in float32, outside ``torch.autocast``: the two pictures are nearly equal, and what bfloat16 rounds off is
-    more than what tells a drawn turn from a real one (docs/experiments.md).
+    The two pictures are nearly equal, and what bfloat16 rounds off is more than what tells a drawn turn from a real
+    one (docs/experiments.md). So with weights of 16 bits and under ``torch.autocast`` not the second picture passes the
+    first blocks but its difference to the first one (:meth:`condgan.layers.DisBlock.changes`), and the logits are
+    found in the precision of the weights.
 
     Args:
         config: the architecture; None is the reference's, 64x64 and 24 objects.
@@ -454,17 +457,28 @@ class DiffDiscriminator(PretrainedModel):
         maps = [map_.to(prev_image.dtype) for map_ in view.maps]
         inputs = [torch.cat((image, *maps, *view.details[i : i + 1]), 1) for i, image in enumerate(view.images)]
         with parametrize.cached():  # one step of spectral normalisation's power iteration for all
-            before, first = self._features(torch.cat(inputs[:2])).chunk(2)
-            after = [first, *(self._features(x) for x in inputs[2:])]
-            light = None if self.light is None else self.light_bias(self.light(prev_image).to(before.dtype))
-            return [self._judge(features - before, condition, light) for features in after]
+            differences = self._changes(inputs) if is_coarse(prev_image) else self._differences(inputs)
+            light = None if self.light is None else self.light_bias(self.light(prev_image).to(prev_image.dtype))
+            return [self._judge(difference, condition, light) for difference in differences]
+
+    def _differences(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """How pictures with their maps differ from the first of them in what the blocks before the difference see."""
+        before, first = self._features(torch.cat([*inputs[:2]])).chunk(2)
+        return [features - before for features in (first, *(self._features(x) for x in inputs[2:]))]
 
     def _features(self, x: Tensor) -> Tensor:
-        """What the blocks before the difference see of pictures with their maps."""
         x = x.contiguous(memory_format=torch.channels_last)
         for i in range(3):
             x = self.get_submodule(f"block{i + 1}")(x)
         return x
+
+    def _changes(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """As :meth:`_differences`, but it is the differences that pass the blocks."""
+        x, *others = (y.contiguous(memory_format=torch.channels_last) for y in inputs)
+        changes = [y - x for y in others]
+        for i in range(3):
+            x, changes = cast(DisBlock, self.get_submodule(f"block{i + 1}")).changes(x, changes)
+        return changes
 
     def _judge(self, x: Tensor, condition: Tensor, light: Tensor | None) -> DiscriminatorOutput:
         """What the difference of features says: all zeros where nothing changed. What changed must fit ``light``."""
@@ -472,9 +486,10 @@ class DiffDiscriminator(PretrainedModel):
             x = x + light[:, :, None, None]
         for i in range(3, self.num_blocks):
             x = self.get_submodule(f"block{i + 1}")(x)
-        features = F.leaky_relu(x, NEGATIVE_SLOPE).sum((2, 3))
-        logits = self.l6(features)[:, 0] + self.condition_projector(features, condition)
-        return DiscriminatorOutput(logits, self.aux_objective(features))
+        with torch.autocast(x.device.type, enabled=False):  # a logit is a small difference of large sums
+            features = F.leaky_relu(x.to(condition.dtype), NEGATIVE_SLOPE).sum((2, 3))
+            logits = self.l6(features)[:, 0] + self.condition_projector(features, condition)
+            return DiscriminatorOutput(logits, self.aux_objective(features))
 
     def forward(
         self, prev_image: Tensor, image: Tensor, condition: Tensor, place: Tensor | None = None

@@ -34,3 +34,8 @@ def autocast(device: torch.device | str, enabled: bool = True) -> torch.autocast
     """
     device = torch.device(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast_bfloat16(device))
+
+
+def is_coarse(x: torch.Tensor) -> bool:
+    """Whether convolutions of ``x`` round to 16 bits: it has so many, or ``torch.autocast`` is enabled."""
+    return x.element_size() == 2 or torch.is_autocast_enabled(x.device.type)

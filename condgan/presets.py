@@ -63,7 +63,7 @@ class TrainConfig:
     """Adversarial stage: weight of the verifier's cross-entropy for the objects so far, in what the generator draws."""
     bf16: bool = True
     """Autocast to bfloat16, on devices that multiply it (:func:`condgan.precision.fast_bfloat16`). Weights and
-    optimizers stay float32, and so does the discriminator: it compares two pictures that are nearly equal."""
+    optimizers stay float32, and so does what the discriminator makes of its features."""
     seed: int = 0
     """From 0 to 2**63 - 1."""
 

@@ -352,10 +352,10 @@ class Trainer:
         fake = _as_seen(drawn, batch.prev_images, self._uniform(batch))
         judged = reverse_gradient(fake) if self.objective.zero_sum else fake
         real_input = batch.images.clone().requires_grad_(penalised)
-        # In float32: of features of two pictures that are nearly equal, rounding would be most of the difference.
-        pair = self.discriminator.compare(
-            batch.prev_images, [judged, real_input], conditions.detach().float(), batch.places
-        )
+        with self._autocast():
+            pair = self.discriminator.compare(
+                batch.prev_images, [judged, real_input], conditions.detach().float(), batch.places
+            )
         (fake_logits, fake_object_logits), (real_logits, real_object_logits) = pair
 
         discriminator_loss = batch.mean(

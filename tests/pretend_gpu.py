@@ -143,7 +143,7 @@ class PretendGpu(TorchDispatchMode):
 @contextlib.contextmanager
 def pretend_gpu() -> Iterator[PretendGpu]:
     """A GPU inside the block."""
-    make_tensor, autocast = torch.tensor, torch.autocast
+    make_tensor, autocast, is_autocast_enabled = torch.tensor, torch.autocast, torch.is_autocast_enabled
 
     def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         if _is_gpu(device):
@@ -156,6 +156,7 @@ def pretend_gpu() -> Iterator[PretendGpu]:
     with pytest.MonkeyPatch.context() as patch, PretendGpu() as gpu:
         patch.setattr(torch, "tensor", tensor)
         patch.setattr(torch, "autocast", no_autocast)
+        patch.setattr(torch, "is_autocast_enabled", lambda kind: kind != GPU.type and is_autocast_enabled(kind))
         patch.setattr(import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *_, **__: None)
         kept = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # a tensor cannot become one of another kind

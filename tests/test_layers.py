@@ -288,6 +288,42 @@ def test_what_a_block_remembers_is_no_part_of_its_state() -> None:
     assert block.get_parameter("c1.weight").grad is not None
 
 
+def test_a_rectified_change_is_the_difference_of_the_rectified_and_so_are_its_derivatives() -> None:
+    x, change = 0.1 + torch.rand(2, 40, dtype=torch.float64)
+    x, change = x * torch.tensor([1.0, -1.0]).repeat(20), 3 * change * torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(10)
+    inputs = (x.requires_grad_(), change.requires_grad_())
+    assert ((x + change > 0) != (x > 0)).any()
+    expected = F.leaky_relu(x + change, 0.01) - F.leaky_relu(x, 0.01)
+    torch.testing.assert_close(layers.rectified_change(*inputs), expected)
+    assert torch.autograd.gradcheck(layers.rectified_change, inputs)
+    assert torch.autograd.gradgradcheck(layers.rectified_change, inputs)
+
+
+@pytest.mark.parametrize("spectral", [True, False])
+@pytest.mark.parametrize("preactivate", [True, False])
+@pytest.mark.parametrize("size", [8, 48])  # in small maps the second convolution and the pooling are two steps
+def test_changes_of_a_discriminator_block_are_differences(size: int, preactivate: bool, spectral: bool) -> None:
+    block = randomise(DisBlock(3, 5, preactivate, spectral)).double().eval()
+    x, *changes = torch.randn(3, 2, 3, size, size, dtype=torch.float64)
+    y, found = block.changes(x, changes)
+    torch.testing.assert_close(y, block(x))
+    assert len(found) == 2
+    for change, difference in zip(changes, found, strict=True):
+        torch.testing.assert_close(difference, block(x + change) - block(x))
+
+
+@torch.no_grad()
+def test_in_bfloat16_changes_are_rounded_as_changes_are() -> None:
+    block = randomise(DisBlock(3, 16, spectral=False))
+    x = torch.randn(2, 3, 32, 32)
+    change = torch.randn(2, 3, 32, 32) / 1000
+    expected = block(x + change) - block(x)
+    coarse, (x, change, nearby) = block.bfloat16(), (y.bfloat16() for y in (x, change, x + change))
+    carried, subtracted = coarse.changes(x, [change])[1][0], coarse(nearby) - coarse(x)
+    errors = [(y.float() - expected).norm() / expected.norm() for y in (carried, subtracted)]
+    assert errors[0] < 0.1 < 0.5 < errors[1]
+
+
 def test_a_discriminator_block_too_small_to_halve_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="Output size is too small"):
         DisBlock(3, 4)(torch.randn(2, 3, 1, 4))

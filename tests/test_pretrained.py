@@ -127,6 +127,23 @@ def test_bfloat16_draws_nearly_the_same(generator: IterativeGenerator) -> None:
     assert (exact - coarse).abs().mean() < 0.01
 
 
+@torch.no_grad()
+def test_in_bfloat16_the_discriminator_still_tells_draws_apart(generator: IterativeGenerator) -> None:
+    discriminator = DiffDiscriminator.from_pretrained("iclevr-64-discriminator")
+    condition, _ = generator.encoder(torch.eye(24)[:16])
+    before = generator.generate([["gray sphere"]] * 16, seed=0).tensor
+    place = torch.tensor([[20.0, 40.0]]).expand(16, 2)
+    noise = torch.randn(2, 16, generator.z_dim, generator=torch.Generator().manual_seed(0))
+    images = [generator(z, condition, before, place) for z in noise]
+    one, other = discriminator.compare(before, images, condition, place)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse, coarse_other = discriminator.compare(before, images, condition, place)
+    assert coarse.logits.dtype == coarse.object_logits.dtype == torch.float32
+    difference = one.logits - other.logits
+    error = coarse.logits - coarse_other.logits - difference
+    assert error.norm() < 0.4 * difference.norm()  # 0.2 of it; 2.6 if features of pictures were subtracted
+
+
 def test_generate_works_offline_from_another_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "condgan", "generate", "red cube", "blue sphere", "--seed", "7"]
     subprocess.run([*command, "--out", "scene.png"], check=True, cwd=tmp_path)

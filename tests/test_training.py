@@ -456,7 +456,9 @@ def test_places_and_codes_of_the_start_are_kept_where_the_rnn_learns_nothing(dat
     assert not torch.equal(finished.conv.weight, before.conv.weight)
 
 
-def test_in_bfloat16_the_discriminator_stays_in_float32(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_bfloat16_blocks_of_the_discriminator_are_and_its_logits_are_not(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(precision, "fast_bfloat16", lambda device: True)
     trainer = make_trainer(data, dataclasses.replace(RUN, bf16=True))
     trainer.images = RUN.reconstruction_images
@@ -465,7 +467,11 @@ def test_in_bfloat16_the_discriminator_stays_in_float32(data: Path, monkeypatch:
         for module in getattr(trainer, name).modules():
             if isinstance(module, torch.nn.Conv2d):
                 module.register_forward_hook(lambda _, __, output, dtypes=dtypes: dtypes.add(output.dtype))
+    logits: set[torch.dtype] = set()
+    for head in (trainer.discriminator.l6, trainer.discriminator.aux_objective):
+        head.register_forward_hook(lambda _, __, output: logits.add(output.dtype))
     losses = trainer.train_step()
     assert all(map(math.isfinite, losses.values()))
-    assert seen["discriminator"] == {torch.float32}
     assert torch.bfloat16 in seen["generator"]
+    assert seen["discriminator"] == {torch.bfloat16}
+    assert logits == {torch.float32}
