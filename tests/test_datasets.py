@@ -25,6 +25,7 @@ from condgan.datasets import (
     scene_split,
 )
 from condgan.prepare import prepare
+from condgan.scenes import open_real
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
 
 NUM_SCENES = 24  # the fewest with all three splits
@@ -262,6 +263,7 @@ def test_a_packed_file_is_found_in_its_folder_whatever_its_name(data_dir: Path, 
     (tmp_path / "later.partial.json").touch()
     (tmp_path / "features.npy").touch()
     assert SceneDataset(tmp_path).path == tmp_path / "own.npy"
+    assert open_real(tmp_path, 32).path == tmp_path / "own.npy"
 
 
 def test_folder_that_is_not_prepared_says_how(tmp_path: Path) -> None:
