@@ -487,8 +487,9 @@ class DiffDiscriminator(PretrainedModel):
         for i in range(3, self.num_blocks):
             x = self.get_submodule(f"block{i + 1}")(x)
         with torch.autocast(x.device.type, enabled=False):  # a logit is a small difference of large sums
-            features = F.leaky_relu(x.to(condition.dtype), NEGATIVE_SLOPE).sum((2, 3))
-            logits = self.l6(features)[:, 0] + self.condition_projector(features, condition)
+            dtype = self.l6.weight.dtype
+            features = F.leaky_relu(x.to(dtype), NEGATIVE_SLOPE).sum((2, 3))
+            logits = self.l6(features)[:, 0] + self.condition_projector(features, condition.to(dtype))
             return DiscriminatorOutput(logits, self.aux_objective(features))
 
     def forward(

@@ -905,6 +905,18 @@ def test_comparing_several_pictures_equals_judging_each(config: DiscriminatorCon
     assert not torch.allclose(outputs[0].logits, outputs[1].logits)
 
 
+@torch.no_grad()
+def test_under_autocast_a_judgement_has_the_precision_of_the_weights_whatever_that_of_the_condition() -> None:
+    discriminator = randomise(DiffDiscriminator(DISCRIMINATORS[1])).eval()
+    *pictures, condition, place = discriminator_input(DISCRIMINATORS[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, output = (
+            discriminator(*pictures, c, place) for c in (condition.bfloat16().float(), condition.bfloat16())
+        )
+    assert output.logits.dtype == output.object_logits.dtype == torch.float32
+    assert torch.equal(output.logits, expected.logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("config", [DISCRIMINATORS[1], WINDOWED_DISCRIMINATORS[0]], ids=config_name)
 @torch.no_grad()
