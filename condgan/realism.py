@@ -25,7 +25,6 @@ from condgan.drawing import Redraw, SceneModel, parse_best_of
 from condgan.functional import evaluating
 from condgan.images import from_uint8, grid, to_pil, to_uint8
 from condgan.metrics import share_interval
-from condgan.precision import autocast
 from condgan.requests import parse_scenes, parse_seed, parse_whole
 from condgan.scenes import SceneDrawer, open_real
 
@@ -88,10 +87,9 @@ def told_apart(
     For each seed a new network: five 3x3 convolutions of 24, 48, 96, 96 and 96 channels, the middle three with stride
     2, each with batch norm and leaky ReLU; then mean and maximum over space and one linear logit, 0.22 million
     parameters. AdamW in batches of 64 with a learning rate that rises to 0.002 and falls to 0 (one cycle), binary
-    cross-entropy, bfloat16 autocast where that is fast (:func:`condgan.precision.fast_bfloat16`); flips are the only
-    augmentation. The network of the last step is tested, with the batch norms' statistics taken once more over the
-    pictures that it learned from: averages from the course of a short training would blind it. No choice is made by the
-    held-out pictures.
+    cross-entropy, float32 on every device; flips are the only augmentation. The network of the last step is tested,
+    with the batch norms' statistics taken once more over the pictures that it learned from: averages from the course of
+    a short training would blind it. No choice is made by the held-out pictures.
 
     Equal arguments give equal results on one machine with one number of threads (on a GPU nearly so). The global
     random state is left alone.
@@ -204,8 +202,7 @@ def _train(training: Tensor, seed: int, epochs: int, device: torch.device, advan
             schedule.step()
         advance()
     batches = torch.randperm(len(training), generator=rng).split(BATCH_SIZE)
-    with autocast(device):
-        update_bn((_images(training[batch], device) for batch in batches), network)
+    update_bn((_images(training[batch], device) for batch in batches), network)
     return network
 
 
@@ -218,9 +215,7 @@ def _classify(network: nn.Module, pictures: Tensor, device: torch.device) -> Ten
 
 def _logits(network: nn.Module, pictures: Tensor, device: torch.device) -> Tensor:
     """Logits (N,) float32 of pictures (N, 3, H, W) uint8."""
-    with autocast(device):
-        logits: Tensor = network(_images(pictures, device))
-    return logits.float()
+    return network(_images(pictures, device))
 
 
 def _images(pictures: Tensor, device: torch.device) -> Tensor:
