@@ -15,7 +15,7 @@ from PIL import Image
 from scenes import write_iclevr_layout
 from torch import Tensor
 
-from condgan import IterativeGenerator, cli, drawing, evaluation, realism
+from condgan import IterativeGenerator, cli, drawing, evaluation, precision, realism
 from condgan.datasets import SceneDataset, scene_split
 from condgan.drawing import Best, draw_turns
 from condgan.images import to_uint8
@@ -80,6 +80,20 @@ def test_flips_are_the_only_augmentation(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 0.2 < sum(flipped) / ours < 0.8
     held_out = torch.cat([pictures[-32:], noise(64, 1)[-32:]])
     assert torch.equal(seen[-1], held_out), "tested as they are"
+
+
+def test_classifiers_are_in_float32_where_bfloat16_is_fast_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: True)
+    seen: list[torch.dtype] = []
+
+    class Network(realism._Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features[0].register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+
+    monkeypatch.setattr(realism, "_Network", Network)
+    trial(noise(24, 0), noise(24, 1), held_out=8, seeds=1, epochs=1)
+    assert set(seen) == {torch.float32}
 
 
 def test_counts_and_rates(bright: ToldApart) -> None:
