@@ -461,9 +461,9 @@ class DiffDiscriminator(PretrainedModel):
             light = None if self.light is None else self.light_bias(self.light(prev_image).to(prev_image.dtype))
             return [self._judge(difference, condition, light) for difference in differences]
 
-    def _differences(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _differences(self, inputs: list[Tensor]) -> list[Tensor]:
         """How pictures with their maps differ from the first of them in what the blocks before the difference see."""
-        before, first = self._features(torch.cat([*inputs[:2]])).chunk(2)
+        before, first = self._features(torch.cat(inputs[:2])).chunk(2)
         return [features - before for features in (first, *(self._features(x) for x in inputs[2:]))]
 
     def _features(self, x: Tensor) -> Tensor:
@@ -472,7 +472,7 @@ class DiffDiscriminator(PretrainedModel):
             x = self.get_submodule(f"block{i + 1}")(x)
         return x
 
-    def _changes(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _changes(self, inputs: list[Tensor]) -> list[Tensor]:
         """As :meth:`_differences`, but it is the differences that pass the blocks."""
         x, *others = (y.contiguous(memory_format=torch.channels_last) for y in inputs)
         changes = [y - x for y in others]
