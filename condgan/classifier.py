@@ -1,6 +1,6 @@
 """SceneClassifier: which of the vocabulary's objects stand in a picture.
 
-Two trained ones ship: the *verifier*, which users and best-of-n may call, and the *judge*, which only reports.
+Two trained ones ship: the *verifier*, which users, best-of-n and training may call, and the *judge*, which reports.
 """
 
 from __future__ import annotations

@@ -776,15 +776,15 @@ def _add_drawing_options(parser: argparse.ArgumentParser, out: str) -> None:
         "--batch-size",
         type=_count,
         metavar="N",
-        help="pictures that pass the networks at once (default: 1 on a CPU, 256 on a GPU); 16 draws many pictures "
-        "faster on a CPU, the same but for last bits, which may decide on a level of 256",
+        help="pictures that pass the networks at once (default: 1; with --from on a GPU 256); 16 draws many "
+        "pictures faster on a CPU, the same but for last bits, which may decide on a level of 256",
     )
     parser.set_defaults(default_out=out)
     _add_best_of(parser)
     sheet = parser.add_mutually_exclusive_group()
     sheet.add_argument("--turns", action="store_true", help="write one sheet with every turn, one row a picture")
     sheet.add_argument("--grid", action="store_true", help="write one sheet with all pictures")
-    parser.add_argument("--verify", action="store_true", help="say which objects the verifier finds")
+    parser.add_argument("--verify", action="store_true", help="say which of these objects the verifier finds")
     _add_model(parser, "--model", metavar="NAME")
 
 

@@ -398,7 +398,7 @@ def _parse_config(text: bytes, source: str, model_type: str, config_class: type[
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{source} has format_version {version}, written by condgan {maker}; this condgan reads up to "
-            f"{FORMAT_VERSION}: run `pip install --upgrade condgan`."
+            f"{FORMAT_VERSION}: upgrade condgan."
         )
     if found != model_type:
         raise CheckpointError(

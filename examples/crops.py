@@ -5,7 +5,7 @@
 Squares of 32x32 pixels around the object of every turn, drawn and real, of scenes of the train split; fresh classifiers
 as in `condgan evaluate --realism` see each of them 20 times and not 8. Small traces that a training on whole pictures
 finds by chance are found here. With --view gray they see brightness only. For choosing between models and for finding
-what gives them away: the held-out scenes have no part in it.
+what gives them away: scenes of the validation and test splits have no part in it.
 """
 
 from __future__ import annotations

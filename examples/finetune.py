@@ -1,13 +1,14 @@
-"""Fine-tune a pretrained generator on a folder of your own, in a loop of your own.
+"""Fine-tune a pretrained generator on your own pictures of the same objects, in a loop of your own.
 
     python examples/finetune.py --data my-scenes --out my-model
 
 The folder has the i-CLEVR layout: images/NAME_0.png, NAME_1.png, ... and train.json, objects.json; its train split is
-used. The loss is that of the first stage of the `compact` preset: the generator is given the place of every object and
-must draw the real next picture. Models of `condgan train` have a noise encoder beside them, which finds the code of
-that picture; without one the noise is random, and a long training would learn the mean of all poses, which is blurred.
-What noise is mapped to stays as it was. The correction of first turns was measured for the weights of before: it is
-taken away while they learn, and, with a noise encoder, measured anew.
+used, and objects.json names the model's objects in the same order. The loss is that of the first stage of the
+`compact` preset: the generator is given the place of every object and must draw the real next picture. Models of
+`condgan train` have a noise encoder beside them, which finds the code of that picture; without one the noise is random,
+and a long training would learn the mean of all poses, which is blurred. What noise is mapped to stays as it was. The
+correction of first turns was measured for the weights of before: it is taken away while they learn, and, with a noise
+encoder, measured anew.
 """
 
 import argparse

@@ -4,8 +4,9 @@
     python examples/held_out_pairs.py --data iclevr --out pairs --images 60000
     python examples/held_out_pairs.py --data iclevr --out words --images 60000 --words
 
-Scenes with a held-out pair are left out of training, on which everything else is as in `condgan train`; an interrupted
-run goes on with the same command. Red, and cubes, are still seen, only never together.
+Scenes with a held-out pair are left out of training, and so is the verifier's word, since the verifier knows all
+pairs; everything else is as in `condgan train --preset compact`. An interrupted run goes on with the same command. Red,
+and cubes, are still seen, only never together.
 
 Without --words the RNN has one embedding for each of the 24 pairs, and that of a pair which was never asked stays the
 random one of the start. With it the RNN knows "red" and "cube", and a red cube is the sum of the two.

@@ -4,8 +4,8 @@
 
 For each turn: how often the discriminator gives the real one the higher logit (0.5: it cannot tell them apart, as one
 that has gone blind cannot either), how many pixels a turn changes and how far lower it puts the object. For finding
-what gives a model away, of scenes of the train split: the held-out scenes have no part in it. With --no-correction
-first turns are drawn as in training, without the correction that was measured at its end.
+what gives a model away, of scenes of the train split: those of the validation and test splits have no part
+in it. With --no-correction first turns are drawn as in training, without the correction that was measured at its end.
 """
 
 from __future__ import annotations
