@@ -13,7 +13,7 @@ from condgan.datasets import SceneDataset
 from condgan.functional import SCENES_AT_ONCE, places_of_turns
 from condgan.models import IterativeGenerator
 from condgan.ranks import Ranks
-from condgan.requests import parse_whole
+from condgan.requests import fold_seed, parse_whole
 
 
 class Part(NamedTuple):
@@ -148,4 +148,4 @@ class TrainingScenes:
 def step_rng(seed: int, step: int, purpose: str) -> torch.Generator:
     """A random source of its own for every step and purpose, so that resuming needs no random state."""
     salt = sum(ord(letter) * 257**i for i, letter in enumerate(purpose))
-    return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1_000_033 + salt % 1_000_033) % 2**64)
+    return torch.Generator().manual_seed(((fold_seed(seed) * 1_000_003 + step) * 1_000_033 + salt % 1_000_033) % 2**64)

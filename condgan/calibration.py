@@ -17,6 +17,7 @@ from condgan.drawing import iterate_turns, random_source
 from condgan.functional import ConditionEncoder, evaluating, places_of_turns, roll_conditions
 from condgan.images import from_uint8, to_uint8
 from condgan.models import IterativeGenerator, NoiseEncoder
+from condgan.precision import widest_float
 
 FIRST_REACH = 1.0
 """Pixels around the mean place of an object's first turns within which they are corrected: all of i-CLEVR's are."""
@@ -458,13 +459,14 @@ class _Sums:
     """What a linear regression of pictures on numbers has to know of its samples, object by object."""
 
     def __init__(self, kinds: int, numbers: int, image_size: int, device: torch.device) -> None:
-        self.products = torch.zeros(kinds, 1 + numbers, 1 + numbers, dtype=torch.float64, device=device)
+        self.products = torch.zeros(kinds, 1 + numbers, 1 + numbers, dtype=widest_float(device), device=device)
         self.pictures = torch.zeros(kinds, 1 + numbers, 3, image_size, image_size, device=device)
 
     def add(self, numbers: Tensor, pictures: Tensor, one_hot: Tensor) -> None:
         """Take note of N samples: numbers (N, F), pictures (N, 3, H, W) and their objects (N, K)."""
         known = torch.cat((numbers.new_ones(len(numbers), 1), numbers), 1)
-        self.products += torch.einsum("nk,ni,nj->kij", one_hot.double(), known.double(), known.double())
+        wide = known.to(self.products)
+        self.products += torch.einsum("nk,ni,nj->kij", one_hot.to(wide), wide, wide)
         by_kind = torch.einsum("nk,ni->kin", one_hot, known)
         self.pictures += (by_kind @ pictures.flatten(1)).view_as(self.pictures)
 
@@ -480,5 +482,5 @@ class _Sums:
         sums, counts = self.products[:, 1:, 0], self.products[:, :1, :1].clamp(min=1)
         products = self.products[:, 1:, 1:] - sums[:, :, None] * sums[:, None] / counts
         middle = middle_of(self.pictures.shape[-1], size)
-        pictures = self.pictures[..., middle, middle].flatten(3).double()
+        pictures = self.pictures[..., middle, middle].flatten(3).to(products)
         return products, pictures[:, 1:] - sums[:, :, None, None] / counts[..., None] * pictures[:, :1]

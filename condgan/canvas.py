@@ -155,7 +155,7 @@ class Canvas(nn.Module):
             progress: show a progress bar of the last part on stderr.
 
         Raises:
-            ValueError: there are too few pictures.
+            ValueError: there are too few pictures, or no floor is found in them.
         """
         count = len(self.components)
         if len(first_images) <= count:
@@ -244,6 +244,9 @@ class Canvas(nn.Module):
         """Learn what the light leaves: its mean at every pixel, and the covariance of its colours.
 
         A pixel that is seen in less than half of the pictures takes the mean covariance of the others.
+
+        Raises:
+            ValueError: no picture shows any floor.
         """
         sums = torch.zeros_like(self.mean)
         products = torch.zeros_like(self.grain_mix)
@@ -253,6 +256,12 @@ class Canvas(nn.Module):
             sums += rest.sum(0)
             products += torch.einsum("nchw,ndhw->cdhw", rest, rest)
             visible += (~found.occupied).sum((0, 1))
+        if not visible.any():
+            raise ValueError(
+                "first_images: no empty floor is found, since the pictures differ everywhere by more than light can "
+                "explain (grain, texture or other backgrounds); light_components=0 and light_inputs=0 in the "
+                "generator's config start from one fixed picture"
+            )
         scenes = sum(len(images) for images, _ in estimates)
         often = visible > max(30, scenes / 2)  # elsewhere faint shadows are left too
         seen = visible > max(30, scenes / 50)

@@ -61,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where a terminal has ASCII only
-    args = _parser().parse_args(argv)
+    try:
+        args = _parser().parse_args(argv)
+    except KeyboardInterrupt:
+        print("condgan: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     rank, name = 0, args.parser.prog
     try:
         rank = _rank()
@@ -456,7 +460,7 @@ def _evaluate(args: argparse.Namespace) -> Report:
             data["realism"] = realism.to_dict()
             texts.append(str(realism))
         if file:
-            file.write(json.dumps(data, indent=2) + "\n")
+            file.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
     if args.sheet and realism is not None:
         save_image(realism.sheet(), args.sheet, {"realism": realism.to_dict()})
     return Report(data, "\n\n".join(texts))
@@ -831,7 +835,7 @@ def _device(text: str) -> str:
 
     try:
         torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used ({reason}); give cpu, or leave it out") from None
     return text

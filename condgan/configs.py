@@ -142,4 +142,4 @@ def _check_at_least(least: int, **values: int) -> None:
         if isinstance(value, int) and value > LARGEST:
             raise ValueError(f"{name} must be at most {LARGEST:,}, got {value}")
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")

@@ -53,7 +53,7 @@ def read_json(path: Path) -> Any:
     Raises:
         DatasetError: the file is missing or malformed.
     """
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise DatasetError(f"there is no {path.name} in {path.parent}: it belongs to the i-CLEVR download")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -92,7 +92,7 @@ def read_conditions(path: str | Path, vocabulary: Vocabulary | None = None) -> l
         DatasetError: the file is missing, malformed or empty, or a list in it is empty or holds an unknown name.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():  # a pipe will do
         raise DatasetError(f"conditions: there is no file {str(path)!r}; it should be a list of lists, as test.json is")
     content = read_json(path)
     if not isinstance(content, (list, dict)) or not content:

@@ -15,7 +15,16 @@ from condgan.canvas import Canvas
 from condgan.derived import steady_weights
 from condgan.functional import ConditionEncoder, encode_objects, evaluating, roll_conditions
 from condgan.images import round_levels, round_turn
-from condgan.requests import MAX_PICTURES, MAX_SEED, AskedModel, Place, parse_request, parse_seed, parse_whole
+from condgan.requests import (
+    MAX_PICTURES,
+    MAX_SEED,
+    AskedModel,
+    Place,
+    fold_seed,
+    parse_request,
+    parse_seed,
+    parse_whole,
+)
 from condgan.results import Drawing, Turn, exact_probability, target_objects
 
 CPU_BATCH, GPU_BATCH = 1, 256
@@ -149,13 +158,8 @@ def pictures_at_once(generator: SceneModel, batch_size: int | None) -> int:
 
 
 def random_source(seed: int) -> torch.Generator:
-    """Where all random numbers of one picture come from.
-
-    PyTorch's generator on the CPU reads 32 bits of a seed, so what is above them is mixed in; Knuth's multiplicative
-    hash keeps the mixtures apart.
-    """
-    high, low = divmod(seed, 2**32)
-    return torch.Generator().manual_seed(low ^ (high * 2654435761 % 2**32))
+    """Where all random numbers of one picture come from."""
+    return torch.Generator().manual_seed(fold_seed(seed))
 
 
 def _check_lengths(

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, known by their digests."""
+"""Files: written whole or not at all, by one process at a time, known by their digests."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import errno
 import hashlib
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+"""What file systems say that know no locks, as some of clusters do."""
 
 
 @contextmanager
@@ -31,6 +35,40 @@ def replacing(path: Path) -> Iterator[Path]:
         partial = Path(folder) / path.name
         yield partial
         os.replace(partial, path)
+
+
+@contextmanager
+def locked(path: Path, waiting: str | None = None) -> Iterator[None]:
+    """Keep other processes out of the same block while it lasts, where the file system can.
+
+    The end of a process, however it comes, ends its lock; the empty file stays, since to remove it would let two in.
+
+    Args:
+        path: the file that is locked; it is made.
+        waiting: what to warn of before this waits for another process; None does not wait.
+
+    Raises:
+        BlockingIOError: another process is in the block, and this one does not wait.
+        OSError: the file cannot be made.
+    """
+    from filelock import FileLock, Timeout  # not needed to draw, hence not at the top
+
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlast a process that is killed
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if waiting is None:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path)) from None
+            warnings.warn(waiting, stacklevel=2)
+            lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def file_sha256(path: str | Path) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 ROUNDING = 1e-4
@@ -156,6 +156,13 @@ def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """A picture as the camera that took it has noted that it be turned."""
+    with suppress(Exception):  # a damaged note is no damaged picture
+        return ImageOps.exif_transpose(image)
+    return image
+
+
 def read_pixels(path: str | Path) -> Tensor:
     """The picture in a file to (3, H, W) uint8, in the size it has, upright as a camera has noted. See :func:`to_rgb`.
 
@@ -163,14 +170,14 @@ def read_pixels(path: str | Path) -> Tensor:
         FileNotFoundError: there is no file at the path.
         ValueError: the file is not a picture, is damaged or cannot be read; the message names it.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists() or Path(path).is_dir():  # a pipe will do
         raise FileNotFoundError(f"image: there is no file {str(path)!r}")
     try:
-        with Image.open(path) as image:
+        with Path(path).open("rb") as file, Image.open(file) as image:
             image.load()
-            with suppress(Exception):  # a damaged note is no damaged picture
-                ImageOps.exif_transpose(image, in_place=True)
-            return _pixels(image)
+            return _pixels(_upright(image))
+    except UnidentifiedImageError:
+        raise ValueError(f"image: {str(path)!r} is not a readable picture (of no format that Pillow knows)") from None
     except Exception as error:  # by the kind of damage Pillow raises any of a dozen
         raise ValueError(f"image: {str(path)!r} is not a readable picture ({error})") from error
 
@@ -189,8 +196,9 @@ def load_image(image: Image.Image | str | Path | NDArray[Any] | Tensor, image_si
     """Any picture as a (3, image_size, image_size) float32 tensor in [-1, 1].
 
     Args:
-        image: a PIL picture of any mode and size; the path of one; a uint8 array (H, W), (H, W, 3) or (H, W, 4); or a
-            tensor (3, H, W), floating point in [-1, 1] or uint8. Equal pictures give equal results.
+        image: a PIL picture of any mode and size, turned as its camera has noted; the path of one; a uint8 array
+            (H, W), (H, W, 3) or (H, W, 4); or a tensor (3, H, W), floating point in [-1, 1] or uint8. Equal pictures
+            give equal results.
         image_size: side of the result; see :func:`resize`.
 
     Raises:
@@ -210,7 +218,7 @@ def load_image(image: Image.Image | str | Path | NDArray[Any] | Tensor, image_si
             raise ValueError(f"image: a picture must be (3, H, W) and not empty, got {(3, *image.shape[:2])}")
         tensor = _pixels(Image.fromarray(image))
     elif isinstance(image, Image.Image):
-        tensor = _pixels(image)
+        tensor = _pixels(_upright(image))
     elif isinstance(image, Tensor):
         tensor = image.detach().cpu()
     else:

@@ -284,7 +284,8 @@ class Objective:
         Raises:
             ValueError: tensors of a penalty with a weight are missing, or do not fit :func:`gradient_penalty`.
         """
-        total = torch.zeros(())
+        given = real_logits if real_logits is not None else fake_logits
+        total = torch.zeros((), device=None if given is None else given.device)
         for name, weight, logits, images in (
             ("real", self.r1_weight, real_logits, real),
             ("fake", self.r2_weight, fake_logits, fake),

@@ -424,7 +424,7 @@ class Memorisation(NamedTuple):
     ratio: float
     """Median distance drawn / held out: 1 is as far as new real pictures are; well below 1, drawings are copies."""
     ratio_ci95: tuple[float, float]
-    """Its 95 % interval."""
+    """Its 95 % interval; the divisor counts as :data:`SAME_DISTANCE` at least."""
     nearer: float
     """Share of drawn pictures nearer than the nearest 1 % of held-out ones: about 0.01 if none is a copy."""
     nearer_ci95: tuple[float, float]
@@ -470,7 +470,7 @@ def memorisation(drawn: Tensor, held_out: Tensor, *, rng_seed: int, resamples: i
     def compare(a: Tensor, b: Tensor) -> Tensor:
         """Ratio and share for each row of distances (B, S) and (B, R)."""
         nearer = (a < b.kthvalue(rank, dim=1, keepdim=True).values).double().mean(1)
-        return torch.stack([a.quantile(0.5, dim=1) / b.quantile(0.5, dim=1), nearer])
+        return torch.stack([a.quantile(0.5, dim=1) / b.quantile(0.5, dim=1).clamp(min=SAME_DISTANCE), nearer])
 
     rng = torch.Generator().manual_seed(rng_seed)
     a, b = (x[torch.randint(len(x), (resamples, len(x)), generator=rng)] for x in (near, far))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.flow import ConditionalFlow
 from condgan.functional import crop, local_mean, place_map, window_corners
+from condgan.precision import widest_float
 
 MAX_WIDTH_FACTOR = 16
 """No feature map is wider than this many times ``width``."""
@@ -244,9 +245,9 @@ class PlaceModel(nn.Module):
         check_shape("uniform", uniform, len(image), 3)
         x = self._read(image, condition, light)
         logits = self._logits(x)
-        probability = _without_tail(logits.flatten(1).double()).softmax(1)
+        probability = _without_tail(logits.flatten(1).to(widest_float(logits.device))).softmax(1)
         total = probability.cumsum(1)
-        drawn = uniform[:, :1].double() * total[:, -1:]
+        drawn = uniform[:, :1].to(total) * total[:, -1:]
         cell = torch.searchsorted(total, drawn, right=True).clamp(max=total.shape[1] - 1)
         corner = torch.cat((cell % logits.shape[-1], cell // logits.shape[-1]), 1)
         # How far into the cell's probability the number fell is as good as a number of its own.

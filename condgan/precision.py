@@ -1,4 +1,4 @@
-"""Which precision is fast: bfloat16 only where the hardware multiplies it."""
+"""Which precision a device has, and which is fast: bfloat16 only where the hardware multiplies it."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def autocast(device: torch.device | str, enabled: bool = True) -> torch.autocast
     """
     device = torch.device(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast_bfloat16(device))
+
+
+def widest_float(device: torch.device | str) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs (``mps``), which have no float64."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def is_coarse(x: torch.Tensor) -> bool:

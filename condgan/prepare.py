@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -30,7 +31,7 @@ from condgan.datasets import (
     read_json,
     read_objects,
 )
-from condgan.files import file_sha256
+from condgan.files import file_sha256, locked
 from condgan.images import read_pixels, resize
 from condgan.requests import parse_whole
 from condgan.vocab import Vocabulary
@@ -219,7 +220,8 @@ def prepare(
     """Pack a folder in the i-CLEVR layout into one memory-mapped file that :class:`SceneDataset` reads.
 
     Scenes that miss a picture, or have one that cannot be read, are left out and named in the report. When the file
-    is there already and fits the folder, nothing is done; an interrupted call is continued by the next one.
+    is there already and fits the folder, nothing is done; an interrupted call is continued by the next one. While
+    another process writes the same file this one warns and waits for it, where the file system knows locks.
 
     Args:
         data_dir: the folder that holds ``train.json``, ``objects.json`` and the pictures; see :func:`read_layout`.
@@ -228,14 +230,15 @@ def prepare(
         progress: show a progress bar on stderr.
 
     Raises:
-        DatasetError: the folder is not in the i-CLEVR layout, nothing in it is usable, or ``out`` cannot be written or
-            would take the place of a file of somebody else's.
+        DatasetError: the folder is not in the i-CLEVR layout, nothing in it is usable, a picture that may be whole
+            cannot be read, or ``out`` cannot be written or would take the place of a file of somebody else's.
         TypeError: ``image_size`` is not a whole number.
         ValueError: ``image_size`` is not positive.
 
     Files: the pictures, (S, T, 3, H, W) uint8 in C order, and beside them the index, a ``.json`` with the names of
     the scenes, the object that each turn added, and the checksum. Until both are complete, the pictures so far lie in
-    ``NAME.partial.npy`` and the number of finished scenes in ``NAME.partial.json``.
+    ``NAME.partial.npy`` and the number of finished scenes in ``NAME.partial.json``. ``.NAME.npy.lock``, which is
+    empty, keeps other processes out.
     """
     start = time.monotonic()
     image_size = parse_whole("image_size", image_size, 1)
@@ -248,11 +251,15 @@ def prepare(
     path = packed_path(data_dir, image_size) if out is None else Path(out)
     path = path if path.suffix == ".npy" else packed_path(path, image_size)
     fingerprint = _fingerprint(layout, image_size)
-    outcome = _finished(path, fingerprint)
+    outcome = _finished(path, layout, image_size, fingerprint)  # asked without the lock: the folder may be read-only
     if outcome is None:
         _check_is_ours(path)
         try:
-            outcome = _pack(path, layout, image_size, fingerprint, progress)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(path.with_name(f".{path.name}.lock"), f"waiting for another process, which prepares {path}"):
+                outcome = _finished(path, layout, image_size, fingerprint)
+                if outcome is None:
+                    outcome = _pack(path, layout, image_size, fingerprint, progress)
         except OSError as error:
             raise DatasetError(
                 f"cannot write {path} ({error}): make room, or give another place with `out`, and run it again to go on"
@@ -307,15 +314,22 @@ def _fingerprint(layout: SceneLayout, image_size: int) -> str:
     return digest.hexdigest()
 
 
-def _finished(path: Path, fingerprint: str) -> _Outcome | None:
-    """The packed file if it is complete, undamaged and made of the same pictures, else None."""
+def _finished(path: Path, layout: SceneLayout, image_size: int, fingerprint: str) -> _Outcome | None:
+    """The packed file if it is complete, undamaged and made of the same pictures, as many as can be read, else None.
+
+    Raises:
+        DatasetError: whether a picture can be read cannot be told.
+    """
     try:
         index = read_index(path)
-    except DatasetError:
+        if index.source.get("fingerprint") != fingerprint or not path.is_file() or file_sha256(path) != index.sha256:
+            return None
+    except (DatasetError, FileNotFoundError):  # another process may be about to replace it
         return None
-    if index.source.get("fingerprint") != fingerprint or not path.is_file() or file_sha256(path) != index.sha256:
+    unreadable = frozenset(index.source["unreadable"])
+    if any(_undamaged(layout.folder / picture, image_size) is not None for picture in unreadable):
         return None
-    return _Outcome(index.sha256, frozenset(index.source["unreadable"]), already_prepared=True, resumed_scenes=0)
+    return _Outcome(index.sha256, unreadable, already_prepared=True, resumed_scenes=0)
 
 
 def _check_is_ours(path: Path) -> None:
@@ -332,7 +346,12 @@ def _check_is_ours(path: Path) -> None:
 
 
 def _pack(path: Path, layout: SceneLayout, image_size: int, fingerprint: str, progress: bool) -> _Outcome:
-    """Read what is not read yet, and put the finished file and its index in place."""
+    """Read what is not read yet, and put the finished file and its index in place.
+
+    Raises:
+        DatasetError: no scene is whole, or a picture that may be whole cannot be read.
+        OSError: the files cannot be written.
+    """
     partial, journal = path.with_suffix(".partial.npy"), path.with_suffix(".partial.json")
     scene_shape = (len(layout.scenes[0].pictures), 3, image_size, image_size)
     header_bytes = len(_npy_header(len(layout.scenes), scene_shape))
@@ -340,7 +359,6 @@ def _pack(path: Path, layout: SceneLayout, image_size: int, fingerprint: str, pr
     def offset(state: _Progress) -> int:
         return header_bytes + len(_readable(layout.scenes[: state.num_done], state.unreadable)) * math.prod(scene_shape)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = _read_journal(journal, fingerprint)
     if not partial.is_file() or partial.stat().st_size < offset(state):
         state = _Progress()
@@ -391,13 +409,30 @@ def _pack(path: Path, layout: SceneLayout, image_size: int, fingerprint: str, pr
 
 def _read_scene(folder: Path, scene: LabelledScene, image_size: int) -> tuple[NDArray[np.uint8], frozenset[str]]:
     """The readable pictures of a scene, (T, 3, H, W) uint8, and the names of the others."""
-    pictures, unreadable = [], set()
-    for name in scene.pictures:
-        try:
-            pictures.append(read_picture(folder / name, image_size))
-        except (FileNotFoundError, ValueError):
-            unreadable.add(name)
-    return np.array(pictures, dtype=np.uint8), frozenset(unreadable)
+    pictures = {name: _undamaged(folder / name, image_size) for name in scene.pictures}
+    readable = [picture for picture in pictures.values() if picture is not None]
+    unreadable = frozenset(name for name, picture in pictures.items() if picture is None)
+    return np.array(readable, dtype=np.uint8), unreadable
+
+
+def _undamaged(path: Path, image_size: int) -> NDArray[np.uint8] | None:
+    """A picture as :func:`read_picture` gives it; None if there is none in the file, or a damaged one.
+
+    Raises:
+        DatasetError: the file could not be read, which says nothing about the picture.
+    """
+    try:
+        return read_picture(path, image_size)
+    except (OSError, ValueError, MemoryError) as error:
+        cause = error.__cause__ or error
+        # the system's errors have numbers and Pillow's have none; EINVAL comes of an offset that is damaged
+        if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
+            reason = cause.strerror
+        elif isinstance(cause, MemoryError):
+            reason = "not enough memory"
+        else:
+            return None
+        raise DatasetError(f"cannot read {path} ({reason}): mend that and run it again to go on") from cause
 
 
 def _npy_header(num_scenes: int, scene_shape: tuple[int, ...]) -> bytes:

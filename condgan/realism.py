@@ -183,7 +183,7 @@ class _Network(nn.Module):
 def _train(training: Tensor, seed: int, epochs: int, device: torch.device, advance: Callable[[], object]) -> nn.Module:
     """A classifier that has learned from (2M, 3, H, W) uint8, first M real pictures, then M drawn ones."""
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU, the same for every device
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network = _Network()
     network = network.to(device).to(memory_format=torch.channels_last)
     rng = torch.Generator().manual_seed(seed)

@@ -123,6 +123,16 @@ def parse_whole(name: str, value: Any, low: int, high: int = MAX_SEED) -> int:
     return whole
 
 
+def fold_seed(seed: int) -> int:
+    """A seed of up to 63 bits as one of 32, the same if it has no more.
+
+    PyTorch's generator on the CPU reads 32 bits of a seed, so what is above them is mixed in; Knuth's multiplicative
+    hash keeps the mixtures apart.
+    """
+    high, low = divmod(seed, 2**32)
+    return low ^ (high * 2654435761 % 2**32)
+
+
 def parse_seed(seed: object) -> int:
     """A seed from a user, or a fresh one for None.
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,10 +24,11 @@ from condgan.batches import TrainingScenes, own_parts
 from condgan.classifier import SceneClassifier
 from condgan.datasets import SceneDataset
 from condgan.drawing import draw_turns
-from condgan.files import replacing
+from condgan.files import locked, replacing
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.presets import TrainConfig
 from condgan.ranks import RankLost, Ranks, joined
+from condgan.requests import fold_seed
 from condgan.results import Drawing
 from condgan.training import Trainer, TrainingDiverged
 
@@ -101,7 +101,7 @@ def train(
         with contextlib.ExitStack() as held:
             with joined(device) as ranks:
                 if ranks.leads:
-                    held.enter_context(_own_folder(out))
+                    _own_folder(out, held)
                 trainer = _ready_trainer(dataset, checkpoint, config, ranks, accumulate, progress and ranks.leads)
                 _run(trainer, out, checkpoint_seconds, progress)
             if not ranks.leads:
@@ -114,27 +114,19 @@ def train(
     return generator
 
 
-@contextlib.contextmanager
-def _own_folder(out: Path) -> Iterator[None]:
-    """Keep other runs out of a folder, where its file system can.
+def _own_folder(out: Path, held: contextlib.ExitStack) -> None:
+    """Keep other runs out of a folder until ``held`` is closed, where its file system can.
 
     Raises:
         BlockingIOError: another process trains there.
+        OSError: the folder cannot be written.
     """
-    lock = FileLock(out / ".lock", timeout=0)
     try:
-        lock.acquire()
-    except Timeout:
+        held.enter_context(locked(out / ".lock"))
+    except BlockingIOError:
         raise BlockingIOError(
             f"out: another process trains in {str(out)!r}: wait for it, stop it, or choose another folder"
         ) from None
-    except NotImplementedError:  # some file systems of clusters know no locks
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _ready_trainer(
@@ -223,7 +215,7 @@ def _stop_requests() -> Iterator[list[int]]:
 def _fresh_networks(config: TrainConfig) -> tuple[IterativeGenerator, DiffDiscriminator, NoiseEncoder | None]:
     """The networks of a run with weights of its seed; global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(fold_seed(config.seed))  # torch.manual_seed would reseed GPUs too
         generator, discriminator = IterativeGenerator(config.generator), DiffDiscriminator(config.discriminator)
         noise_encoder = None if config.noise_encoder is None else NoiseEncoder(config.noise_encoder)
     return generator, discriminator, noise_encoder

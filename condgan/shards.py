@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from condgan.drawing import Redraw, parse_batch_size, parse_best_of, pictures_at_once
@@ -274,7 +275,7 @@ def _new_tar(path: Path) -> Iterator[tarfile.TarFile]:
         OSError: it cannot be written.
     """
     for left in path.parent.glob(f".{path.name}-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process is at it, or has just ended
+        with contextlib.suppress(OSError):  # another process is at it or has just ended, or another user has left it
             times = [file.stat().st_mtime for file in (left, *left.iterdir())]
             if time.time() - max(times) > ABANDONED:
                 shutil.rmtree(left)
@@ -324,5 +325,5 @@ def _digest_of_model(generator: IterativeGenerator) -> str:
     digest = hashlib.sha256(json.dumps(asdict(generator.config)).encode())
     for name, value in generator.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

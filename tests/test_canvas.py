@@ -254,6 +254,15 @@ def test_what_objects_throw_on_the_floor_is_not_drawn_as_light() -> None:
     assert (rest - rest.mean(0))[:, seen].square().mean() < 0.05 * true[:, seen].square().mean(), "other light stays"
 
 
+def test_pictures_without_a_floor_are_refused() -> None:
+    noise = rounded(0.4 * torch.rand(40, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 0.2)
+    with pytest.raises(ValueError, match=r"^first_images: no empty floor is found.* light_components=0"):
+        Canvas(SIZE, NUM_COMPONENTS).fit(noise, torch.zeros(40, dtype=torch.long))
+    fixed = Canvas(SIZE)
+    fixed.fit(noise, torch.zeros(40, dtype=torch.long))
+    assert fixed.mean.isfinite().all(), "as the error says"
+
+
 def test_a_canvas_is_fitted_the_same_way_each_time_and_leaves_the_random_state_alone(scenes: Scenes) -> None:
     images = scenes.images[:60]
     fitted = []

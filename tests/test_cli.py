@@ -334,6 +334,26 @@ def test_ctrl_c(
     assert [*tmp_path.iterdir()] == []
 
 
+def test_ctrl_c_while_arguments_are_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "empty", interrupt)
+    outcome = run("train", "--data", "data", "--out", "run", "--device", "cpu")
+    assert (outcome.status, outcome.out, outcome.err) == (130, "", "condgan: interrupted\n")
+
+
+@pytest.mark.parametrize("device", ["hpu", "privateuseone", "mps", "nonsense"])
+def test_a_device_that_is_not_there_is_wrong_usage(device: str, run: Run) -> None:
+    outcome = run("train", "--data", "data", "--out", "run", "--device", device)
+    assert outcome.status == 2
+    last = outcome.err.splitlines()[-1]
+    assert re.fullmatch(
+        rf"condgan train: error: argument --device: '{device}' cannot be used \(.+\); give cpu, .*", last
+    )
+    assert len(last) < 400
+
+
 # --- as a program of its own --------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +79,15 @@ def test_conditions_are_the_same_from_a_list_and_from_a_dict(tmp_path: Path) -> 
     (tmp_path / "list.json").write_text(json.dumps(lists))
     (tmp_path / "dict.json").write_text(json.dumps({"z_0.png": lists[0], "a_1.png": lists[1]}), encoding="utf-8-sig")
     assert read_conditions(tmp_path / "list.json") == read_conditions(tmp_path / "dict.json") == lists
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_conditions_may_come_through_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=['[["red cube"]]'])
+    writer.start()
+    assert read_conditions(tmp_path / "pipe") == [["red cube"]]
+    writer.join()
 
 
 def test_conditions_come_in_the_spelling_of_the_vocabulary(tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
-"""files.py: a file is there whole or not at all."""
+"""files.py: a file is there whole or not at all, and one process at a time writes it."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from condgan.files import replacing
+from condgan.files import locked, replacing
 
 
 def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
@@ -62,3 +66,66 @@ def test_a_folder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "a.json").mkdir()
     with pytest.raises(IsADirectoryError, match=r"a\.json"), replacing(tmp_path / "a.json"):
         raise AssertionError("nothing is written")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from condgan.files import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_another_process_is_kept_out_or_waits(tmp_path: Path) -> None:
+    lock, entered = tmp_path / "ä.lock", threading.Event()
+
+    def wait() -> None:
+        with pytest.warns(UserWarning, match="waiting for another"), locked(lock, "waiting for another"):
+            entered.set()
+
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(BlockingIOError, match="ä"), locked(lock):
+            raise AssertionError("it is kept out")
+        waiter = threading.Thread(target=wait, daemon=True)
+        waiter.start()
+        assert not entered.wait(0.3)
+        holder.kill()  # which leaves nothing that would keep others out
+    assert entered.wait(10)
+    waiter.join(10)
+    with locked(lock):
+        assert [*tmp_path.iterdir()] == [lock]
+    assert lock.read_bytes() == b""
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".lock").write_text("4711\nanother-machine\n")  # as filelock marks what it cannot lock
+    with locked(tmp_path / ".lock"), locked(tmp_path / ".lock", "waiting"):
+        pass
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / ".lock"):
+        raise ZeroDivisionError
+
+
+def test_other_trouble_with_a_lock_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), locked(tmp_path / "file" / ".lock"):
+        raise AssertionError("it is not entered")
+
+    def fail(fd: int, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked(tmp_path / ".lock"):
+        raise AssertionError("it is not entered")

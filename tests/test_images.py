@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -246,11 +248,23 @@ def test_a_photo_is_read_as_its_camera_was_held(tmp_path: Path) -> None:
     image.save(tmp_path / "a.png", exif=exif)
     upright = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
     assert torch.equal(read_pixels(tmp_path / "a.png"), torch.from_numpy(upright.copy()).permute(2, 0, 1))
+    opened = Image.open(tmp_path / "a.png")
+    assert torch.equal(load_image(opened, 64), load_image(tmp_path / "a.png", 64))
+    assert opened.size == image.size, "the picture of the user stays as it is"
 
 
 def test_a_picture_is_read_whatever_its_camera_says(tmp_path: Path) -> None:
     Image.fromarray(GRAY).save(tmp_path / "a.png", exif=b"nonsense")
     assert torch.equal(read_pixels(tmp_path / "a.png")[1], torch.from_numpy(GRAY))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_picture_may_come_through_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[encoded("PNG")])
+    writer.start()
+    assert torch.equal(read_pixels(tmp_path / "pipe"), torch.from_numpy(COLOUR).permute(2, 0, 1))
+    writer.join()
 
 
 def test_a_path_without_a_file_is_named(tmp_path: Path) -> None:

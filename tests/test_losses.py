@@ -283,6 +283,7 @@ def test_objective_reads_only_what_it_says(name: str, step: _Step) -> None:
 def test_penalties_without_weight_cost_nothing_and_those_with_weight_ask_for_their_tensors(step: _Step) -> None:
     free = dataclasses.replace(OBJECTIVES["reference"], r1_weight=0.0)
     assert free.penalty().item() == 0
+    assert free.penalty(real_logits=torch.zeros(2, device="meta")).device.type == "meta", "it adds to other losses"
     r1_only = OBJECTIVES["reference"].penalty(real_logits=step.real_logits, real=step.real)
     torch.testing.assert_close(r1_only, _squared_gradient(step.real_logits, step.real))
     with pytest.raises(ValueError, match="pass fake_logits and fake"):

@@ -555,6 +555,12 @@ def test_memorisation_shows_when_all_pictures_are_near() -> None:
     assert metrics.memorisation(drawn / 2, held_out, rng_seed=0).ratio_ci95[1] < 0.6
 
 
+def test_memorisation_is_finite_where_some_held_out_pictures_are_training_pictures() -> None:
+    drawn, held_out = torch.ones(20), torch.cat((torch.zeros(9), torch.ones(11)))
+    low, high = metrics.memorisation(drawn, held_out, rng_seed=0).ratio_ci95
+    assert (low, high) == (1, pytest.approx(1 / metrics.SAME_DISTANCE)), "no bound that says anything, but a number"
+
+
 def test_memorisation_is_seeded_and_refuses_what_does_not_fit() -> None:
     drawn, held_out = torch.rand(2, 50)
     state = torch.get_rng_state()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from condgan import precision
+from condgan import IterativeGenerator, parts, precision
 
 
 @pytest.mark.parametrize(
@@ -42,3 +45,27 @@ def test_this_processor_has_the_names_that_are_asked_for() -> None:
     """A capability that PyTorch renames would read as missing: bfloat16 would be off everywhere, and nobody told."""
     known = torch.cpu.get_capabilities()
     assert any(name in known for name in precision.CPU_CAPABILITIES)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float64), ("cuda", torch.float64), ("mps", torch.float32)])
+def test_the_widest_float_of_a_device(device: str, dtype: torch.dtype) -> None:
+    assert precision.widest_float(device) == dtype
+
+
+def test_places_are_drawn_without_float64_where_there_is_none(
+    compact: IterativeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **kwargs or {})
+            assert getattr(out, "dtype", None) != torch.float64, func
+            return out
+
+    expected = compact.generate(["red cube", "blue sphere"], seed=3).places
+    with pytest.raises(AssertionError), NoFloat64():
+        compact.generate(["red cube", "blue sphere"], seed=3)
+    monkeypatch.setattr(parts, "widest_float", lambda device: torch.float32)
+    with NoFloat64():
+        places = compact.generate(["red cube", "blue sphere"], seed=3).places
+    assert places is not None and expected is not None
+    torch.testing.assert_close(torch.tensor(places), torch.tensor(expected), rtol=0, atol=0.01)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ from scenes import write_iclevr_layout
 import condgan.prepare
 from condgan.datasets import DatasetError, SceneDataset, packed_path
 from condgan.files import file_sha256
-from condgan.prepare import prepare, read_layout, read_picture
+from condgan.prepare import PrepareReport, prepare, read_layout, read_picture
 from condgan.vocab import ICLEVR_OBJECTS
 
 Names = dict[str, list[str]]
@@ -281,6 +284,59 @@ def test_most_scenes_decide_how_many_turns_there_are(data_dir: Path) -> None:
     assert SceneDataset(report.path).objects.shape == (8, 3)
 
 
+@pytest.fixture
+def trouble(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
+    """File name -> what the system says instead of opening it."""
+    troubles: dict[str, Exception] = {}
+
+    def open_picture(file: Any) -> Image.Image:
+        if (trouble := troubles.get(Path(file.name).name)) is not None:
+            raise trouble
+        return opened(file)
+
+    opened = Image.open
+    monkeypatch.setattr(Image, "open", open_picture)
+    return troubles
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "Permission denied"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_this_time_is_not_left_out(
+    data_dir: Path, trouble: dict[str, Exception], error: Exception, reason: str
+) -> None:
+    unlucky = picture(data_dir, 4, 1)
+    trouble[unlucky.name] = error
+    with pytest.raises(DatasetError) as caught:
+        prepare(data_dir, image_size=8, progress=False)
+    assert str(caught.value) == f"cannot read {unlucky} ({reason}): mend that and run it again to go on"
+    assert not packed_path(data_dir, 8).exists()
+    trouble.clear()
+    report = prepare(data_dir, image_size=8, progress=False)
+    assert (report.unreadable, report.scenes, report.resumed_scenes) == ((), 10, 4)
+
+
+def test_damage_that_sends_pillow_nowhere_is_damage(data_dir: Path, trouble: dict[str, Exception]) -> None:
+    trouble[picture(data_dir, 4, 1).name] = OSError(errno.EINVAL, "Invalid argument")
+    assert prepare(data_dir, image_size=8, progress=False).unreadable == (picture(data_dir, 4, 1).name,)
+
+
+def test_a_picture_that_can_be_read_again_is_taken_in(data_dir: Path, trouble: dict[str, Exception]) -> None:
+    trouble[picture(data_dir, 4, 1).name] = OSError("out of memory error when reading image file")  # Pillow's own
+    picture(data_dir, 6, 0).write_text("no picture")
+    assert prepare(data_dir, image_size=8, progress=False).scenes == 8
+    assert prepare(data_dir, image_size=8, progress=False).already_prepared
+    trouble.clear()
+    report = prepare(data_dir, image_size=8, progress=False)
+    assert (report.scenes, report.unreadable) == (9, (picture(data_dir, 6, 0).name,))
+    assert prepare(data_dir, image_size=8, progress=False).already_prepared
+
+
 def test_nothing_usable_is_an_error(data_dir: Path) -> None:
     for scene in range(10):
         picture(data_dir, scene, 1).write_text("no picture")
@@ -402,6 +458,50 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, num_pictures: int) -> None:
         return read_picture(path, image_size)
 
     monkeypatch.setattr(condgan.prepare, "read_picture", read)
+
+
+def test_a_call_waits_for_another_that_writes_the_same_file(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, pictures_read: list[str]
+) -> None:
+    expected = prepare_fresh(data_dir)
+    reports: list[PrepareReport] = []
+    in_the_middle, go_on = threading.Event(), threading.Event()
+    first = threading.Thread(target=lambda: reports.append(prepare(data_dir, image_size=8, progress=False)))
+    read, warn = condgan.prepare.read_picture, warnings.warn
+
+    def read_half(path: Path, image_size: int) -> NDArray[np.uint8]:
+        if threading.current_thread() is first and path == picture(data_dir, 5, 1):
+            in_the_middle.set()
+            assert go_on.wait(60)
+        return read(path, image_size)
+
+    def warn_and_go_on(message: str, **options: Any) -> None:
+        warn(message, **options)
+        go_on.set()
+
+    monkeypatch.setattr(condgan.prepare, "read_picture", read_half)
+    monkeypatch.setattr(warnings, "warn", warn_and_go_on)
+    pictures_read.clear()
+    first.start()
+    try:
+        assert in_the_middle.wait(60)
+        with pytest.warns(UserWarning, match=r"waiting for another process, which prepares .*condgan-8\.npy"):
+            reports.append(prepare(data_dir, image_size=8, progress=False))
+    finally:
+        go_on.set()
+        first.join(60)
+    assert len(pictures_read) == 30, "the second call read nothing"
+    assert sorted(report.already_prepared for report in reports) == [False, True]
+    assert packed_path(data_dir, 8).read_bytes() == expected
+    assert sorted(path.name for path in data_dir.glob(".*")) == [".condgan-8.npy.lock", ".fresh.npy.lock"]
+
+
+def test_what_is_prepared_may_lie_in_a_folder_that_cannot_be_written(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(data_dir, image_size=8, progress=False)
+    monkeypatch.setattr(condgan.prepare, "locked", None)  # it is not called
+    assert prepare(data_dir, image_size=8, progress=False).already_prepared
 
 
 @pytest.fixture

@@ -114,9 +114,12 @@ def test_rate_is_the_share_that_the_scores_are_right_about() -> None:
 # --- fairness -----------------------------------------------------------------------------------------------------
 
 
-def test_same_arguments_same_result_and_global_random_state_untouched(bright: ToldApart) -> None:
+def test_same_arguments_same_result_and_global_random_state_untouched(
+    bright: ToldApart, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs' random states changed"))
     again = trial(noise(192, 0), noise(192, 1, mean=140))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(again.real_scores, bright.real_scores)

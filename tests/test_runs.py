@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -161,13 +163,34 @@ def test_two_runs_do_not_share_a_folder(data: Path, tmp_path: Path) -> None:
 def test_a_file_system_without_locks_is_trained_on_all_the_same(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: FileLock) -> None:
-        raise NotImplementedError("FileSystem does not appear to support flock")
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(FileLock, "acquire", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     short = dataclasses.replace(RUN, images=9, reconstruction_images=0, reconstruction_weight=0.0)
     train(data, tmp_path, short, device="cpu", progress=False)
     assert (tmp_path / CHECKPOINT).exists()
+
+
+def test_fresh_networks_have_weights_of_all_bits_of_their_seed_and_leave_random_state_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        networks = runs._fresh_networks(dataclasses.replace(RUN, seed=seed))
+        return torch.cat([weight.flatten() for network in networks if network for weight in network.parameters()])
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(7)
+        generator = IterativeGenerator(RUN.generator)
+    expected = torch.cat([weight.flatten() for weight in generator.parameters()])
+    before, reseeded = torch.get_rng_state(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
+    assert torch.equal(weights(7)[: len(expected)], expected)
+    assert torch.equal(weights(7), weights(7))
+    assert not torch.equal(weights(7), weights(7 + 2**32))
+    assert not torch.equal(weights(7 + 2**32), weights(7 + 2**33))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert reseeded == [], "nor is that of GPUs reset"
 
 
 def test_data_of_other_turns_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from condgan import IterativeGenerator, shards
@@ -123,6 +125,29 @@ def test_what_is_done_is_not_drawn_again(
         assert (out / path.name).read_bytes() == path.read_bytes()
     monkeypatch.setattr(shards, "_drawn", lambda *args: pytest.fail("nothing is left to draw"))
     assert draw_set(compact, source, out, seed=5, shard_size=3, progress=False).skipped == 7
+
+
+def test_what_another_user_left_behind_stops_no_set(
+    compact: IterativeGenerator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(path: Path, **options: Any) -> None:
+        if path == left:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        remove(path, **options)
+
+    out, remove = tmp_path / "out", shutil.rmtree
+    left = out / ".00000.tar-x7z"
+    left.mkdir(parents=True)
+    os.utime(left, (time.time() - 3700,) * 2)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert draw_set(compact, write_list(tmp_path), out, seed=5, progress=False).drawn == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_sets_are_drawn_in_every_precision(compact: IterativeGenerator, dtype: torch.dtype, tmp_path: Path) -> None:
+    generator = copy.deepcopy(compact).to(dtype)
+    assert draw_set(generator, write_list(tmp_path), tmp_path / "out", seed=5, progress=False).drawn == 7
+    assert draw_set(generator, write_list(tmp_path), tmp_path / "out", seed=5, progress=False).skipped == 7
 
 
 @pytest.mark.parametrize(

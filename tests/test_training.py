@@ -423,6 +423,8 @@ def test_every_seed_up_to_the_largest_has_random_numbers_of_its_own() -> None:
     assert step_rng(18, 5, "").initial_seed() == (18 * 1_000_003 + 5) * 1_000_033
     seeds = (0, 1, 18_000_000, 18_500_000, 2**63 - 1)
     assert len({step_rng(dataclasses.replace(RUN, seed=seed).seed, 5, "own").initial_seed() for seed in seeds}) == 5
+    drawn = [torch.rand(4, generator=step_rng(seed, 5, "own")) for seed in (0, 2**32, 2**33)]
+    assert not drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2]) and not drawn[1].equal(drawn[2])
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match=rf"seed must be between 0 and 2\*\*63 - 1, got {seed}"):
             dataclasses.replace(RUN, seed=seed)
