@@ -456,7 +456,7 @@ def _stored_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Te
     tensors = {}
     for name, tensor in model.state_dict().items():
         stored = tensor.to("cpu", dtype if tensor.is_floating_point() else None, copy=True).contiguous()
-        if dtype is not None and not torch.equal(stored.isfinite(), tensor.cpu().isfinite()):
+        if dtype is not None and not torch.equal(stored.double().isfinite(), tensor.cpu().isfinite()):
             raise CheckpointError(f"{name} has values that {dtype} cannot hold: use torch.bfloat16 or leave dtype out.")
         tensors[name] = stored
     return tensors

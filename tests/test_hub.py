@@ -135,7 +135,7 @@ def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_half_precision_is_stored_small_and_loads_as_float32(toy: Toy, tmp_path: Path, dtype: torch.dtype) -> None:
     full = toy.save_pretrained(tmp_path / "full") / "model.safetensors"
     half = toy.save_pretrained(tmp_path / "half", dtype=dtype) / "model.safetensors"
