@@ -193,8 +193,9 @@ class PretrainedModel(nn.Module):
             folder = self.save_pretrained(temporary, dtype=dtype)
             api = HfApi(token=token, library_name="condgan", library_version=_version())
             with _hub_errors("upload to", repo_id, revision):
-                if revision is not None:
-                    api.repo_info(repo_id, revision=revision)  # no repository is made for a branch that is not there
+                if revision is not None:  # no repository is made for a branch that is not there
+                    full_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+                    api.repo_info(full_id, revision=revision)
                 full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
                 (folder / CARD_NAME).write_text(self.model_card(full_id), encoding="utf-8")
                 files = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]

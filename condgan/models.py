@@ -268,7 +268,7 @@ class IterativeGenerator(PretrainedModel):
         *,
         num_images: int = 1,
         seed: int | None = None,
-        at: Sequence[Place | None] | Sequence[Sequence[Place | None] | None] | None = None,
+        at: Sequence[Place | Sequence[Place | None] | None] | None = None,
         best_of: int = 1,
         redraw: Redraw = "picture",
         batch_size: int | None = None,

@@ -213,7 +213,11 @@ class _Handler(BaseHTTPRequestHandler):
         oid = self.server_state.commit(repo_id, files, branch)
         self._respond_json({"commitUrl": f"{self.server_state.url}/{repo_id}/commit/{oid}", "commitOid": oid})
 
+    def _whoami(self) -> None:
+        self._respond_json({"type": "user", "name": OWNER})
+
     ROUTES: Any = (
+        (("GET",), r"/api/whoami-v2", _whoami),
         (("HEAD", "GET"), r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _resolve),
         (("HEAD", "GET"), r"/lfs/(\w+)", _storage),
         (("PUT",), r"/lfs/(\w+)", _lfs_put),

@@ -557,6 +557,9 @@ def test_what_was_pushed_loads_bit_for_bit(hub: HubServer, toy: Toy) -> None:
     hub.repos["org/new"]["dev"] = hub.repos["org/new"]["main"]
     new.push_to_hub("org/new", token="hf_secret", revision="dev")
     assert_same(Toy.from_pretrained("org/new", revision="dev"), new)
+    hub.repos[f"{OWNER}/own"]["dev"] = hub.repos[f"{OWNER}/own"]["main"]
+    toy.push_to_hub("own", token="hf_secret", revision="dev")
+    assert_same(Toy.from_pretrained(f"{OWNER}/own", revision="dev"), toy)
 
 
 def test_a_push_that_is_refused_says_why(
