@@ -56,6 +56,15 @@ def _as_json(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _plot_endings() -> list[str]:
+    """What matplotlib can write; nothing where there is none, which then draws no plot either."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        return []
+    return [f".{ending}" for ending in sorted(FigureCanvasBase.filetypes)]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the parts that are asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
@@ -84,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = getattr(args, option)
         if path is not None and not path.parent.is_dir():
             parser.error(f"argument --{option}: there is no folder {str(path.parent)!r}")
+        if path is not None and path.is_dir():
+            parser.error(f"argument --{option}: {str(path)!r} is a folder, it must be a file")
+    if args.plot is not None and (known := _plot_endings()) and args.plot.suffix.lower() not in known:
+        parser.error(f"argument --plot: {str(args.plot)!r} must end in one of {', '.join(known)}")
     where = machine()
     parts["work"] = partial(work.run, plot=args.plot)
     rows = []

@@ -133,6 +133,8 @@ def cell(values: list[float | None]) -> str:
 def main() -> None:
     """Train and measure what is missing, then print the table."""
     args = parser.parse_args()
+    if args.draws < 1:
+        parser.error(f"--draws must be at least 1, got {args.draws}")
     recipes = variants(base_recipe(args.images, args.width))
     rows = [*recipes, NO_CORRECTION]
     unknown = set(args.rows or ()) - {*rows}

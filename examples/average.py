@@ -57,8 +57,11 @@ def main() -> None:
     one, other = (IterativeGenerator.from_pretrained(name) for name in args.models)
     if one.correction is not None and args.noise_encoder is None:
         parser.error("these models need --noise-encoder: that of another training gives their codes another meaning")
+    data = SceneDataset(args.data, "train", image_size=one.image_size)
+    if data.vocabulary.names != one.vocabulary.names:
+        parser.error(f"--data: its objects.json must name the models' objects: {one.vocabulary.names}")
     generator = average(one, other, args.share)
-    scenes = TrainingScenes(SceneDataset(args.data, "train"), generator, fit_canvas=False)
+    scenes = TrainingScenes(data, generator, fit_canvas=False)
     recalibrate(generator, F.one_hot(scenes.objects, scenes.num_objects).float())
     if generator.correction is not None:
         noise_encoder = NoiseEncoder.from_pretrained(args.noise_encoder)

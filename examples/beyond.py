@@ -229,6 +229,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run every experiment and print its rows."""
     args = parser.parse_args()
+    if args.redraws < 2:
+        parser.error(f"--redraws must be at least 2, which are compared, got {args.redraws}")
+    if args.photo is not None:
+        try:
+            load_image(args.photo, 64)  # what is wrong with it shows now
+        except (OSError, ValueError) as error:
+            parser.error(f"--photo: {error}")
     generator = IterativeGenerator.from_pretrained(args.model)
     real = SceneDataset(args.data, "test")
     run = Experiments(generator, args.sheet, args.seed)

@@ -24,7 +24,7 @@ from condgan.scenes import SceneDrawer, open_real
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on")
 parser.add_argument("--model", help="name, folder or hub id of a generator; the default is the one that ships")
-parser.add_argument("--scenes", type=int, default=3_800, help="scenes of each kind")
+parser.add_argument("--scenes", type=int, default=3_800, help="scenes of each kind, or as many as there are")
 parser.add_argument("--held-out", type=int, default=800, help="how many of them the classifiers are tested on")
 parser.add_argument("--epochs", type=int, default=20, help="how often a classifier sees each square")
 parser.add_argument("--seeds", type=int, default=2, help="classifiers")
@@ -50,11 +50,12 @@ def area_under_curve(real: Tensor, drawn: Tensor) -> float:
 def main() -> None:
     """Draw, cut, train and print."""
     args = parser.parse_args()
-    if not 0 < args.held_out < args.scenes:
-        parser.error(f"--held-out must be from 1 to --scenes - 1, got {args.held_out} of {args.scenes}")
     generator = IterativeGenerator.from_pretrained(args.model)
     data = open_real(args.data, generator.image_size, "train")
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: args.scenes]
+    scenes = min(args.scenes, len(data))
+    if not 0 < args.held_out < scenes:
+        parser.error(f"--held-out must be from 1 to one less than the {scenes} scenes, got {args.held_out}")
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:scenes]
     pictures = data.pixels[chosen]
     empty = to_uint8(generator.canvas.remove_objects(from_uint8(pictures[:, 0])))
     lists = [[data.vocabulary.names[i] for i in scene] for scene in data.objects[chosen].tolist()]

@@ -12,6 +12,8 @@ encoder, measured anew.
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +39,18 @@ parser.add_argument("--learning-rate", type=float, default=1e-4)
 args = parser.parse_args()
 
 generator = IterativeGenerator.from_pretrained(args.model).train()
-name = args.noise_encoder or (None if args.model else "iclevr-64-noise-encoder")
+shipped = args.model in (None, IterativeGenerator.default_pretrained)
+name = args.noise_encoder or ("iclevr-64-noise-encoder" if shipped else None)
 noise_encoder = NoiseEncoder.from_pretrained(name) if name else None  # without one, noise is random
 if noise_encoder is not None:
     try:
         check_noise_encoder(noise_encoder, generator)
     except ValueError as error:
         parser.error(str(error))
+try:
+    Path(args.out).expanduser().mkdir(parents=True, exist_ok=True)
+except (OSError, RuntimeError) as error:
+    parser.error(f"--out: {args.out!r} cannot be written to: {error}")
 data = SceneDataset(prepare(args.data, image_size=generator.image_size).path, "train")
 if data.vocabulary.names != generator.vocabulary.names:
     raise SystemExit(f"{args.data}: its objects.json must name the model's objects: {generator.vocabulary.names}")
@@ -54,6 +61,8 @@ optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, betas=(
 rng = torch.Generator().manual_seed(0)
 if generator.correction is not None:
     generator.correction.clear_()  # what learns with it in place makes up for what it gets wrong
+    if noise_encoder is None:
+        print("warning: without --noise-encoder the model loses its correction of first turns", file=sys.stderr)
 
 for epoch in range(args.epochs):
     progress = tqdm(scenes, desc=f"epoch {epoch + 1}/{args.epochs}")

@@ -81,6 +81,8 @@ def score(
 def main() -> None:
     """Train, ask, and print one JSON object: held-out pairs beside the others."""
     args = parser.parse_args()
+    if args.draws < 1:
+        parser.error(f"--draws must be at least 1, got {args.draws}")
     scenes = SceneDataset(args.data, "train")
     kept = scenes.without(args.hold_out)
     names = scenes.vocabulary.names

@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.place_epochs < 1:
         parser.error(f"--place-epochs must be 1 or more, got {args.place_epochs}")
-    if args.model and not args.noise_encoder:
+    if args.model not in (None, IterativeGenerator.default_pretrained) and not args.noise_encoder:
         parser.error("--model needs --noise-encoder: that of another training gives its codes another meaning")
     generator = IterativeGenerator.from_pretrained(args.model)
     noise_encoder = NoiseEncoder.from_pretrained(args.noise_encoder or "iclevr-64-noise-encoder")

@@ -8,6 +8,7 @@ checkpoints, exact resuming, logs; and what the `compact` preset has: places, wi
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -24,12 +25,17 @@ parser.add_argument("--out", required=True, help="folder to write the trained ge
 parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--width", type=int, default=16, help="64 is the reference's")
 args = parser.parse_args()
+try:
+    Path(args.out).expanduser().mkdir(parents=True, exist_ok=True)
+except (OSError, RuntimeError) as error:
+    parser.error(f"--out: {args.out!r} cannot be written to: {error}")
 
 torch.manual_seed(0)
 data = SceneDataset(args.data, "train")
 scenes = DataLoader(data, batch_size=min(8, len(data)), shuffle=True, drop_last=True)
-generator = IterativeGenerator(GeneratorConfig(width=args.width))
-discriminator = DiffDiscriminator(DiscriminatorConfig(width=args.width))
+names, turns, size = data.vocabulary.names, data.objects.shape[1], data.pixels.shape[-1]
+generator = IterativeGenerator(GeneratorConfig(width=args.width, objects=names, num_turns=turns, image_size=size))
+discriminator = DiffDiscriminator(DiscriminatorConfig(width=args.width, objects=names, image_size=size))
 objective = OBJECTIVES["reference-code"]
 generator_optimizer = torch.optim.Adam(generator.parameters(), 1e-4, betas=(0.0, 0.9))
 discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), 4e-4, betas=(0.0, 0.9))

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -148,6 +149,10 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder to write the classifier to")
     parser.add_argument("--steps", type=int, help="steps of 64 pictures; by default those of the one that ships")
     args = parser.parse_args()
+    try:
+        Path(args.out).expanduser().mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        parser.error(f"--out: {args.out!r} cannot be written to: {error}")
 
     role = ROLES[args.role]
     steps = role.steps if args.steps is None else args.steps
@@ -155,7 +160,8 @@ def main() -> None:
     rng = torch.Generator().manual_seed(role.seed)
     train = Pictures(SceneDataset(args.data, "train", role.half))
     validation = SceneDataset(args.data, "validation")
-    config = dataclasses.replace(role.config, image_size=validation.pixels.shape[-1])
+    image_size, names = validation.pixels.shape[-1], validation.vocabulary.names
+    config = dataclasses.replace(role.config, image_size=image_size, objects=names)
     model = SceneClassifier(config).to(memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998), use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, fused=True)

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -289,6 +290,10 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder to write the counter to")
     parser.add_argument("--steps", type=int, default=1500, help="steps of 64 pictures")
     args = parser.parse_args()
+    try:
+        Path(args.out).expanduser().mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        parser.error(f"--out: {args.out!r} cannot be written to: {error}")
 
     torch.manual_seed(SEED)
     rng = torch.Generator().manual_seed(SEED)

@@ -40,7 +40,9 @@ def main() -> None:
     if args.no_correction and generator.correction is not None:
         generator.correction.clear_()
     discriminator = DiffDiscriminator.from_pretrained(args.discriminator)
-    dataset = SceneDataset(args.data, "train")
+    dataset = SceneDataset(args.data, "train", image_size=generator.image_size)
+    if dataset.vocabulary.names != generator.vocabulary.names:
+        parser.error(f"--data: its objects.json must name the model's objects: {generator.vocabulary.names}")
     if not 0 < args.scenes <= len(dataset):
         parser.error(f"--scenes must be from 1 to the {len(dataset)} of the train split, got {args.scenes}")
     scenes = TrainingScenes(dataset, generator, fit_canvas=False)

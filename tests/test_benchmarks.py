@@ -174,6 +174,8 @@ def test_the_command_prints_a_table_and_writes_json(
         (["--out", "nowhere/x.json"], "--out: there is no folder 'nowhere'"),
         (["--plot", "nowhere/x.png"], "--plot: there is no folder 'nowhere'"),
         (["--parts", "loading", "--plot", "x.png"], "--plot: shows the part work, which is not asked for"),
+        (["--out", "."], "--out: '.' is a folder, it must be a file"),
+        (["--plot", "."], "--plot: '.' is a folder, it must be a file"),
     ],
 )
 def test_the_command_refuses_what_is_wrong_before_it_measures(
@@ -183,6 +185,26 @@ def test_the_command_refuses_what_is_wrong_before_it_measures(
     with pytest.raises(SystemExit):
         command.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x.bmp", "x", "png"])
+def test_the_command_refuses_a_plot_that_matplotlib_cannot_write_before_it_measures(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command, "machine", None)  # it is not called
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        command.main(["--plot", name])
+    error = capsys.readouterr().err
+    assert f"--plot: '{name}' must end in one of " in error and ".png, " in error
+
+
+def test_any_plot_is_taken_where_there_is_no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    monkeypatch.setattr(command, "machine", lambda: {})
+    monkeypatch.setattr(command.work, "run", lambda rounds, plot: iter([]))
+    command.main(["--parts", "work", "--plot", "x.bmp"])
 
 
 def test_what_cannot_be_measured_is_null_and_no_file_is_written_unasked(

@@ -34,6 +34,7 @@ from condgan import (
 from condgan.datasets import SceneDataset
 from condgan.prepare import prepare
 from condgan.report import EvaluationReport
+from condgan.vocab import ICLEVR_OBJECTS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -42,6 +43,19 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_iclevr_layout(tmp_path_factory.mktemp("examples"), num_scenes=24, image_size=(64, 64))
     prepare(folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small scenes of two turns and of 25 objects, those of i-CLEVR in reverse order."""
+    folder = write_iclevr_layout(tmp_path_factory.mktemp("other"), num_scenes=24, image_size=(32, 32))
+    names = (*reversed(ICLEVR_OBJECTS), "pink cow")
+    (folder / "objects.json").write_text(json.dumps({name: index for index, name in enumerate(names)}))
+    labels = json.loads((folder / "train.json").read_text())
+    two_turns = {file: objects for file, objects in labels.items() if len(objects) < 3}
+    (folder / "train.json").write_text(json.dumps(two_turns))
+    prepare(folder, image_size=32, progress=False)
     return folder
 
 
@@ -56,6 +70,31 @@ def test_train_writes_a_generator_that_draws(data: Path, tmp_path: Path, monkeyp
     generator = IterativeGenerator.from_pretrained(tmp_path / "model")
     assert generator.config == GeneratorConfig(width=4)
     assert generator.generate(["red cube"], seed=0).tensor.isfinite().all()
+
+
+def test_train_learns_names_turns_and_size_of_the_data(
+    other_objects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--data", other_objects, "--steps", 1, "--width", 4, "--out", tmp_path / "model")
+    run(monkeypatch, "train.py", *arguments)
+    config = IterativeGenerator.from_pretrained(tmp_path / "model").config
+    names = SceneDataset(other_objects).vocabulary.names
+    assert config == GeneratorConfig(image_size=32, width=4, objects=names, num_turns=2)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("train.py",), ("finetune.py",), ("train_counter.py",), ("train_classifier.py", "--role", "judge")],
+    ids=lambda command: command[0],
+)
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_data_is_read(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("something")
+    for out in ("file", "file/model"):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *command, "--data", tmp_path / "nowhere", "--out", tmp_path / out)
+        assert f"--out: '{tmp_path / out}' cannot be written to: " in capsys.readouterr().err
 
 
 def test_train_makes_do_with_few_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +200,31 @@ def test_crops_of_an_untrained_generator_are_told_apart(
     assert "--held-out must be from 1 to" in capsys.readouterr().err
 
 
+def test_crops_tests_on_fewer_scenes_than_there_are(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    IterativeGenerator(COMPACT).save_pretrained(tmp_path / "model")
+    count = len(SceneDataset(data, "train"))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "crops.py", "--data", data, "--model", tmp_path / "model", "--held-out", count)
+    expected = f"--held-out must be from 1 to one less than the {count} scenes, got {count}"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("example", ["average.py", "turns.py"])
+def test_objects_in_another_order_than_the_models_are_refused(
+    example: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objects = (*COMPACT.objects[1:], COMPACT.objects[0])
+    config = dataclasses.replace(COMPACT, objects=objects, correction=False)
+    model = IterativeGenerator(config).save_pretrained(tmp_path / "model")
+    arguments = {"average.py": (model, model, "--out", tmp_path / "mean"), "turns.py": ("--model", model)}
+    with pytest.raises(SystemExit):
+        run(monkeypatch, example, *arguments[example], "--data", data)
+    assert "--data: its objects.json must name the model" in capsys.readouterr().err
+    assert not (tmp_path / "mean").exists()
+
+
 def test_turns_finds_what_drawn_ones_have_too_much_and_too_low(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,7 +314,7 @@ def test_finetune_moves_a_loaded_model_towards_the_data(
 
 
 def test_finetune_without_a_noise_encoder_leaves_what_noise_is_mapped_to(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(calibration, "BATCH_SIZE", 2)
     start = lively_generator(COMPACT)
@@ -261,6 +325,26 @@ def test_finetune_without_a_noise_encoder_leaves_what_noise_is_mapped_to(
     assert not torch.equal(tuned.l0.weight, start.l0.weight)
     assert tuned.mapping is not None and start.mapping is not None
     assert all(map(torch.equal, tuned.mapping.parameters(), start.mapping.parameters()))
+    assert tuned.correction is not None and not tuned.correction.offsets.any()
+    warning = "warning: without --noise-encoder the model loses its correction of first turns"
+    assert warning in capsys.readouterr().err, "what was lost is said"
+
+
+@pytest.mark.parametrize("example", ["finetune.py", "refit.py"])
+@pytest.mark.parametrize("arguments", [(), ("--model", "iclevr-64")])
+def test_the_noise_encoder_that_ships_is_used_with_the_model_that_ships(
+    arguments: tuple[str, ...], example: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+
+    def load(name: str | None) -> NoiseEncoder:
+        names.append(name)
+        raise InterruptedError
+
+    monkeypatch.setattr(NoiseEncoder, "from_pretrained", load)
+    with pytest.raises(InterruptedError):
+        run(monkeypatch, example, "--data", data, "--out", tmp_path / "model", *arguments)
+    assert names == ["iclevr-64-noise-encoder"]
 
 
 def test_finetune_refuses_the_noise_encoder_of_another_model(
@@ -285,6 +369,15 @@ def test_train_classifier_reports_and_saves(
     assert lines[-1]["split"] == "test"
     assert 0 <= lines[-1]["accuracy"] <= 1
     assert SceneClassifier.from_pretrained(tmp_path / "judge").config.widths == (40, 80, 128, 192)
+
+
+def test_train_classifier_learns_the_names_of_the_data(
+    other_objects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--data", other_objects, "--role", "verifier", "--steps", 2, "--out", tmp_path / "verifier")
+    run(monkeypatch, "train_classifier.py", *arguments)
+    config = SceneClassifier.from_pretrained(tmp_path / "verifier").config
+    assert (config.objects, config.image_size) == (SceneDataset(other_objects).vocabulary.names, 32)
 
 
 def test_pictures_put_together_from_two_hold_what_is_said_of_them() -> None:
@@ -338,6 +431,30 @@ def test_beyond_reports_every_experiment(
         by_name["one turn again and again"]["diversity"]
         > by_name["one turn again and again, at one place"]["diversity"]
     )
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments", "message"),
+    [
+        ("beyond.py", ("--redraws", 1), "--redraws must be at least 2, which are compared, got 1"),
+        ("beyond.py", ("--photo", "nowhere.jpg"), "--photo: "),
+        ("beyond.py", ("--photo", __file__), "--photo: "),
+        ("ablations.py", ("--draws", 0, "--out", "out"), "--draws must be at least 1, got 0"),
+        ("held_out_pairs.py", ("--draws", 0, "--out", "out"), "--draws must be at least 1, got 0"),
+    ],
+)
+def test_wrong_numbers_and_files_are_refused_before_the_data_is_read(
+    example: str,
+    arguments: tuple[object, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, example, "--data", "nowhere", *arguments)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [False, True])
