@@ -198,13 +198,23 @@ def _all_reduce(tensor: Tensor) -> None:
 
 @contextlib.contextmanager
 def _losing_ranks() -> Iterator[None]:
-    """What a process group raises when a process has gone, as RankLost."""
+    """What a process group raises when a process has gone, as RankLost; that memory is short stays what it is."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RankLost(
-            f"rank {dist.get_rank()} of {dist.get_world_size()} has lost another rank, so that all stop"
+            f"rank {dist.get_rank()} of {dist.get_world_size()} has lost another rank, so that all stop "
+            f"({_reason(error)})"
         ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first line of a message, or that of the error of NCCL's own which it quotes further down."""
+    message = str(error).strip()
+    quoted = message.rpartition("Last error:")[2].strip()
+    return (quoted or message or type(error).__name__).splitlines()[0]
 
 
 class _Normalize(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -35,7 +36,7 @@ from condgan.training import Trainer, TrainingDiverged
 CHECKPOINT = "checkpoint.safetensors"
 COUNTERS = ("step", "images", "skipped", "skipped_in_a_row")
 LOG_INTERVAL = 20
-"""Steps between two lines of the log."""
+"""Steps between two lines of the log, at most: a checkpoint and the end of a run bring a line of their own."""
 
 
 def train(
@@ -77,8 +78,8 @@ def train(
     Raises:
         DatasetError: the data cannot be read.
         TypeError: ``config`` is no ``TrainConfig``.
-        ValueError: ``out`` holds another run, the data does not fit the configuration, or a step has fewer scenes than
-            there are processes.
+        ValueError: ``out`` holds another run or one of other scenes, the data does not fit the configuration, or a step
+            has fewer scenes than there are processes.
         TrainingDiverged: several steps in a row were not finite; the last checkpoint is good.
         BlockingIOError: another process trains in ``out``.
         OSError: ``out`` cannot be written; the last checkpoint is good.
@@ -103,7 +104,7 @@ def train(
                 if ranks.leads:
                     _own_folder(out, held)
                 trainer = _ready_trainer(dataset, checkpoint, config, ranks, accumulate, progress and ranks.leads)
-                _run(trainer, out, checkpoint_seconds, progress)
+                _run(trainer, out, _scenes_digest(dataset), checkpoint_seconds, progress)
             if not ranks.leads:
                 return trainer.ema_generator
             generator = trainer.finish(progress)
@@ -135,7 +136,7 @@ def _ready_trainer(
     """Before the first step, or where the checkpoint left off."""
     own_parts(config.batch_scenes, ranks, accumulate)  # what is wrong is refused before the canvas is fitted
     verifier = _verifier(config, ranks.device)
-    stored = _read_checkpoint(checkpoint, config) if checkpoint.exists() else None
+    stored = _read_checkpoint(checkpoint, config, _scenes_digest(dataset)) if checkpoint.exists() else None
     generator, discriminator, noise_encoder = _fresh_networks(config)
     if stored is None:
         _load_sources(config, generator, discriminator, noise_encoder)
@@ -157,7 +158,7 @@ def _ready_trainer(
     return trainer
 
 
-def _run(trainer: Trainer, out: Path, checkpoint_seconds: float, progress: bool) -> None:
+def _run(trainer: Trainer, out: Path, scenes: str, checkpoint_seconds: float, progress: bool) -> None:
     """All steps that are left, and a checkpoint."""
     ranks, images = trainer.ranks, trainer.config.images
     with (
@@ -183,15 +184,17 @@ def _run(trainer: Trainer, out: Path, checkpoint_seconds: float, progress: bool)
                 skipped = [f"skipped {trainer.skipped}"] if trainer.skipped else []
                 bar.set_postfix_str(" ".join([f"{name} {value:.3f}" for name, value in losses.items()] + skipped))
             stopped = ranks.any(bool(stop_requests))  # in the same step on every rank
-            if ranks.leads and (stopped or time.monotonic() - saved > checkpoint_seconds):
-                _save_checkpoint(trainer, out / CHECKPOINT)
+            if log is not None and (stopped or time.monotonic() - saved > checkpoint_seconds):
+                log.write_line()  # first: a log may run ahead of the checkpoint, but not lack what led to it
+                _save_checkpoint(trainer, out / CHECKPOINT, scenes)
                 _save_models(trainer, trainer.export(), out)
                 saved = time.monotonic()
             if stopped:
                 ranks.any(False)  # torchrun ends those that still write when others have gone
                 raise KeyboardInterrupt
-        if ranks.leads:
-            _save_checkpoint(trainer, out / CHECKPOINT)
+        if log is not None:
+            log.write_line()
+            _save_checkpoint(trainer, out / CHECKPOINT, scenes)
         if ranks.any(bool(stop_requests)):  # all leave together; from here on no rank needs another
             raise KeyboardInterrupt
 
@@ -282,6 +285,12 @@ def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:
         )
 
 
+def _scenes_digest(dataset: SceneDataset) -> str:
+    """SHA-256 of which scenes these are: their names, objects and vocabulary, in order; their pixels are not read."""
+    described = json.dumps([dataset.names, dataset.objects.tolist(), dataset.vocabulary.names])
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
 def _save_models(trainer: Trainer, generator: IterativeGenerator, out: Path) -> None:
     """What the run has come to, and a sheet of drawings."""
     generator.save_pretrained(out / "model")
@@ -294,8 +303,8 @@ def _save_models(trainer: Trainer, generator: IterativeGenerator, out: Path) -> 
     sheet.grid(columns=6).save(out / "pictures" / f"{trainer.images:09d}.png")
 
 
-def _save_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Write everything that the next step depends on; whole or not at all.
+def _save_checkpoint(trainer: Trainer, path: Path, scenes: str) -> None:
+    """Write everything that the next step depends on, with the digest of its scenes; whole or not at all.
 
     Raises:
         OSError: it cannot be written.
@@ -307,7 +316,8 @@ def _save_checkpoint(trainer: Trainer, path: Path) -> None:
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in state.items()}
     counters = {name: getattr(trainer, name) for name in COUNTERS}
-    metadata = {"config": json.dumps(dataclasses.asdict(trainer.config)), "counters": json.dumps(counters)}
+    config = dataclasses.asdict(trainer.config)
+    metadata = {"config": json.dumps(config), "counters": json.dumps(counters), "scenes": scenes}
     partial = path.with_name(path.name + ".partial")
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
@@ -349,12 +359,13 @@ def _restore(trainer: Trainer, stored: StoredRun) -> None:
         setattr(trainer, name, count)
 
 
-def _read_checkpoint(path: Path, config: TrainConfig) -> StoredRun:
+def _read_checkpoint(path: Path, config: TrainConfig, scenes: str) -> StoredRun:
     """Read a checkpoint of a run.
 
     Raises:
         PermissionError: the file may not be read.
-        ValueError: the file is damaged, of no run, or of a run with another ``config``; the message names what differs.
+        ValueError: the file is damaged, of no run, or of a run with another ``config`` or other scenes; the message
+            names what differs.
     """
     if not os.access(path, os.R_OK):
         raise PermissionError(f"out: {str(path)!r} is there, but you may not read it: change its permissions")
@@ -368,6 +379,11 @@ def _read_checkpoint(path: Path, config: TrainConfig) -> StoredRun:
         raise ValueError(f"{str(path)!r} does not say of which run it is: delete it to start the run again")
     stored, counters = json.loads(metadata["config"]), json.loads(metadata["counters"])
     _check_same_run(stored, config, path)
+    if metadata.get("scenes", scenes) != scenes:  # a checkpoint of an older condgan does not say
+        raise ValueError(
+            f"data: the run in {str(path.parent)!r} was trained on other scenes than these: choose another folder "
+            "(--out), or give the same data"
+        )
     if config.images < min(stored["images"], counters["images"]):
         raise ValueError(
             f"{str(path)!r} has seen {counters['images']:,} pictures, more than images={config.images:,}: "
@@ -398,6 +414,10 @@ def _images_of(line: str, log: Path) -> int:
 class RunLog:
     """``log.jsonl``: mean losses every few steps; the same to TensorBoard if it is installed.
 
+    A line covers the steps since the line before it: :data:`LOG_INTERVAL` of them, or fewer after and before a
+    checkpoint, which has a line of its own so that what a later part adds begins where the last line ended; and at the
+    end of the log, which comes with an error too.
+
     Args:
         folder: of the run.
         images: where the run goes on; later lines, of a part that was lost, are dropped.
@@ -416,20 +436,32 @@ class RunLog:
         self._sums: dict[str, list[float]] = {}
         self._writer: Any = None
         self._since = (time.monotonic(), images)
+        self._last: tuple[float, int, int, int] | None = None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=images)
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=images + 1)
 
     def add(self, step: int, images: int, skipped: int, losses: dict[str, float]) -> None:
         """Take the losses of one step; write a line every :data:`LOG_INTERVAL` steps."""
         for name, value in losses.items():
             if math.isfinite(value):  # where not, the step was skipped
                 self._sums.setdefault(name, []).append(value)
-        if step % LOG_INTERVAL:
+        self._last = (time.monotonic(), step, images, skipped)
+        if step % LOG_INTERVAL == 0:
+            self.write_line()
+
+    def write_line(self) -> None:
+        """Write the means over the steps since the line before, if there were any.
+
+        Raises:
+            OSError: the log cannot be written.
+        """
+        if self._last is None:
             return
         means = {name: sum(values) / len(values) for name, values in self._sums.items()}
-        now, (then, images_then) = time.monotonic(), self._since
+        (now, step, images, skipped), (then, images_then) = self._last, self._since
+        self._sums, self._since, self._last = {}, (now, images), None
         line = {"step": step, "images": images, "skipped": skipped, **means}
         line["images_per_second"] = (images - images_then) / (now - then)
         self._file.write(json.dumps(line) + "\n")
@@ -437,12 +469,15 @@ class RunLog:
         if self._writer is not None:
             for name, value in means.items():
                 self._writer.add_scalar(name, value, images)
-        self._sums, self._since = {}, (now, images)
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+    def __exit__(self, failed: type[BaseException] | None, *exc_info: object) -> None:
+        with contextlib.ExitStack() as closed:
+            if failed is not None:  # which says more than that a line could not be written
+                closed.enter_context(contextlib.suppress(Exception))
+            if self._writer is not None:
+                closed.callback(self._writer.close)
+            closed.callback(self._file.close)
+            self.write_line()

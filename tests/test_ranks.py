@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tiny import RUN
 
 from condgan import training
 from condgan.batches import own_parts
-from condgan.ranks import ALONE, GlobalBatchNorm, Ranks, joined, launched, own_device
+from condgan.ranks import ALONE, GlobalBatchNorm, RankLost, Ranks, _losing_ranks, joined, launched, own_device
 from condgan.runs import CHECKPOINT, train
 
 
@@ -184,6 +185,28 @@ def start_and_wait(count: int, data: Path, out: Path) -> list[subprocess.Popen[s
     return processes
 
 
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("NCCL error: Duplicate GPU detected\nException raised from create", "NCCL error: Duplicate GPU detected"),
+        ("NCCL error in: x.cpp:1, invalid usage\nncclInvalidUsage: ...\nLast error:\nDuplicate GPU", "Duplicate GPU"),
+        ("NCCL error in: x.cpp:1, remote\nncclRemoteError: ...\nLast error:\n", "NCCL error in: x.cpp:1, remote"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_a_lost_rank_comes_with_the_reason(message: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("condgan.ranks.dist.get_rank", lambda: 1)
+    monkeypatch.setattr("condgan.ranks.dist.get_world_size", lambda: 2)
+    expected = f"rank 1 of 2 has lost another rank, so that all stop ({reason})"
+    with pytest.raises(RankLost, match=f"^{re.escape(expected)}$"), _losing_ranks():
+        raise RuntimeError(message)
+
+
+def test_memory_that_runs_out_is_no_lost_rank() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory$"), _losing_ranks():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_ranks_after_a_signal_to_one_and_the_death_of_one(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -202,8 +225,9 @@ def test_a_run_goes_on_with_other_ranks_after_a_signal_to_one_and_the_death_of_o
     codes, messages = ended(processes)
     assert codes == [1, -signal.SIGKILL, 1]
     for rank in (0, 2):
-        assert (
-            f"rank {rank} of 3 has lost another rank, so that all stop; the last good checkpoint is" in messages[rank]
+        assert re.search(
+            rf"rank {rank} of 3 has lost another rank, so that all stop \(.+\); the last good checkpoint",
+            messages[rank],
         )
     steps = reached(out)
 
@@ -214,7 +238,9 @@ def test_a_run_goes_on_with_other_ranks_after_a_signal_to_one_and_the_death_of_o
     logs = [
         [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (out, tmp_path / "whole")
     ]
-    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+    ours_steps, whole_steps = ([line["step"] for line in log] for log in logs)
+    assert ours_steps == sorted(set(ours_steps)), "checkpoints have lines of their own"
+    assert set(whole_steps) <= set(ours_steps)
     ours, whole = logs[0][-1], logs[1][-1]
     assert ours.pop("images_per_second") > 0
     assert whole.pop("images_per_second") > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import fcntl
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,10 +32,15 @@ from condgan.prepare import prepare
 from condgan.presets import PRESETS
 from condgan.runs import CHECKPOINT, RunLog, train
 from condgan.training import Trainer, TrainingDiverged
+from condgan.vocab import Vocabulary
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / CHECKPOINT)
+
+
+def log_lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -77,7 +84,8 @@ def test_a_killed_run_goes_on_to_the_very_same_numbers(data: Path, tmp_path: Pat
     assert {"noise_encoder.linear.weight", "noise_encoder.norm.running_var"} <= whole.keys()
     assert [name for name in whole if not torch.equal(killed[name], whole[name])] == []
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed/log.jsonl").read_text().splitlines()]
-    assert steps == [20, 40, 60]
+    assert steps == sorted(set(steps)), "no step is in two lines"
+    assert {20, 40, 60, reached // 9} <= set(steps), "a checkpoint has a line of its own"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -112,8 +120,8 @@ def test_a_signal_after_the_last_step_is_heard(
 ) -> None:
     save, before, short = runs._save_checkpoint, signal.getsignal(number), dataclasses.replace(RUN, images=9)
 
-    def stop_while_it_is_saved(trainer: Trainer, path: Path) -> None:
-        save(trainer, path)
+    def stop_while_it_is_saved(trainer: Trainer, path: Path, scenes: str) -> None:
+        save(trainer, path, scenes)
         os.kill(os.getpid(), number)
 
     def stop_while_it_is_finished(trainer: Trainer, progress: bool) -> IterativeGenerator:
@@ -261,12 +269,142 @@ def test_a_run_takes_a_data_set_as_it_takes_its_file(data: Path, tmp_path: Path)
     assert not torch.equal(file["generator.l0.weight"], fewer["generator.l0.weight"])
 
 
+@pytest.mark.usefixtures("no_recalibration")
+def test_a_run_does_not_go_on_with_other_scenes(data: Path, tmp_path: Path) -> None:
+    short, longer = (dataclasses.replace(RUN, images=images) for images in (9, 18))
+    scenes = SceneDataset(data, "train")
+    left_out = scenes.vocabulary.names[int(scenes.objects[0, 0])]
+    train(data, tmp_path, short, device="cpu", progress=False)
+    with pytest.raises(
+        ValueError, match=rf"data: the run in '{tmp_path}' was trained on other scenes .*--out\), or give"
+    ):
+        train(scenes.without([left_out]), tmp_path, longer, device="cpu", progress=False)
+    train(scenes.without([]), tmp_path, longer, device="cpu", progress=False)
+
+
+@pytest.mark.usefixtures("no_recalibration")
+def test_a_checkpoint_that_does_not_name_its_scenes_goes_on_and_then_does(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path, dataclasses.replace(RUN, images=9), device="cpu", progress=False)
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+        metadata = file.metadata()
+    scenes = metadata.pop("scenes")
+    save_file(tensors(tmp_path), tmp_path / CHECKPOINT, metadata)
+    train(data, tmp_path, dataclasses.replace(RUN, images=18), device="cpu", progress=False)
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+        assert file.metadata()["scenes"] == scenes
+
+
+def test_the_digest_of_scenes_is_that_of_names_objects_and_vocabulary(data: Path) -> None:
+    whole, digest = SceneDataset(data, "train"), runs._scenes_digest
+    changed = [copy.copy(whole) for _ in range(4)]
+    changed[0].names = [*whole.names[1:], whole.names[0]]
+    changed[1].objects = whole.objects.flip(1)
+    changed[2].vocabulary = Vocabulary(whole.vocabulary.names[::-1])
+    del changed[3].pixels
+    assert len(digest(whole)) == 64
+    assert digest(whole) == digest(SceneDataset(data, "train")) == digest(changed[3])
+    others = [*changed[:3], SceneDataset(data), SceneDataset(data, "train", half=0), whole.without(["red cube"])]
+    assert len({digest(scenes) for scenes in (whole, *others)}) == 1 + len(others)
+
+
 def test_a_diverged_run_names_its_last_good_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "_reconstruction_errors", lambda self, fake, batch: fake.sum((1, 2, 3)) / 0)
     with pytest.raises(TrainingDiverged, match="there is no checkpoint yet"):
         train(data, tmp_path, dataclasses.replace(RUN, reconstruction_images=1000), device="cpu", progress=False)
+    (line,) = log_lines(tmp_path)
+    assert line["skipped"] == line["step"] > 0, "what led to it is in the log"
+
+
+def test_the_last_steps_are_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now)
+    with RunLog(tmp_path, images=0) as log:
+        for step in range(1, 24):
+            now += 0.5
+            log.add(step, 9 * step, 0, {"gap": float(step)})
+        now += 100  # for what comes between the last step and the end
+    first, last = log_lines(tmp_path)
+    assert (first["step"], last["step"], last["images"]) == (20, 23, 207)
+    assert (first["gap"], last["gap"]) == (10.5, 22)
+    assert first["images_per_second"] == last["images_per_second"] == 18
+
+
+def test_the_last_line_never_hides_why_a_run_ends(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDiverged), RunLog(tmp_path, images=0) as log:
+        log.add(1, 9, 0, {"gap": 2.0})
+        raise TrainingDiverged
+    assert [line["gap"] for line in log_lines(tmp_path)] == [2]
+
+    def full(line: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for error, passes in ((KeyboardInterrupt, KeyboardInterrupt), (None, OSError)):
+        with pytest.raises(passes), RunLog(tmp_path, images=9) as log:
+            log._file.close()
+            log._file = SimpleNamespace(write=full, close=lambda: None)  # type: ignore[assignment]
+            log.add(2, 18, 0, {"gap": 3.0})
+            if error is not None:
+                raise error
+    assert [line["gap"] for line in log_lines(tmp_path)] == [2]
+
+
+@pytest.mark.usefixtures("no_recalibration")
+def test_the_log_of_a_run_that_goes_on_has_every_step_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after step 6, then killed after step 20, before the next checkpoint."""
+    config = dataclasses.replace(RUN, images=234)
+    optimize = Trainer._optimize
+
+    def stop(trainer: Trainer, losses: torch.Tensor) -> torch.Tensor:
+        if trainer.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return optimize(trainer, losses)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_optimize", stop)
+        train(data, tmp_path / "run", config, device="cpu", progress=False)
+    assert [line["step"] for line in log_lines(tmp_path / "run")] == [6]
+    with (tmp_path / "run/log.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 20, "images": 180, "gap": 1e9}) + "\n" + '{"step": 2')
+    train(data, tmp_path / "run", config, device="cpu", progress=False)
+    train(data, tmp_path / "whole", config, device="cpu", progress=False)
+    run, whole = log_lines(tmp_path / "run"), log_lines(tmp_path / "whole")
+    assert [line["step"] for line in run] == [6, 20, 26]
+    assert [line["step"] for line in whole] == [20, 26]
+    assert run[-1].items() - whole[-1].items() == {("images_per_second", run[-1]["images_per_second"])}
+
+
+def test_a_timed_checkpoint_has_its_line_before_it_is_written(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill after it then leaves no gap, and one before it drops the line when the run goes on."""
+    found = []
+
+    def killed(trainer: Trainer, path: Path, scenes: str) -> None:
+        found.append((trainer.step, log_lines(tmp_path)))
+        raise InterruptedError
+
+    monkeypatch.setattr(runs, "_save_checkpoint", killed)
+    with pytest.raises(InterruptedError):
+        train(data, tmp_path, RUN, device="cpu", checkpoint_seconds=0, progress=False)
+    ((step, lines),) = found
+    assert step == 1
+    assert [line["step"] for line in lines] == [1]
+
+
+def test_tensorboard_keeps_the_point_at_the_checkpoint_as_the_log_does(tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, reached in ((1, 0), (41, 360)):  # the second part goes on from step 40, the first had come to step 60
+        with RunLog(tmp_path, images=reached) as log:
+            for step in range(first, first + 60):
+                log.add(step, 9 * step, 0, {"gap": float(first)})
+    events = accumulators.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("gap")
+    lines = log_lines(tmp_path)
+    assert [line["step"] for line in lines] == [20, 40, 60, 80, 100]
+    assert [(event.step, event.value) for event in events] == [(line["images"], line["gap"]) for line in lines]
 
 
 def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut_back(tmp_path: Path) -> None:
