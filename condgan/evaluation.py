@@ -268,7 +268,8 @@ def _measure_rightness(
             matched = rightness(*seen, importance)
         of_real["retention"] = retention(real_logits, scenes, len(scenes.pictures))
     shuffled: dict[str, Score] = {}
-    if num_lists > 1:
+    of_lists = asked.unflatten(0, (num_lists, -1))[:, 0]
+    if (of_lists != of_lists[0]).any():  # where all ask for the same, another list is no other
         order = torch.randperm(num_lists, generator=torch.Generator().manual_seed(0))
         other = torch.empty_like(order).scatter_(0, order, order.roll(1))  # of every list another one
         of_others, num_of_others = (  # all draws of a list follow each other

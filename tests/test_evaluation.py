@@ -417,6 +417,13 @@ def test_no_picture_is_shuffled_to_its_own_list(score: Score) -> None:
     assert score(_honest, apart, draws=5).measures["object_recall"].shuffled == 0
 
 
+def test_lists_that_all_ask_for_the_same_cannot_be_shuffled(score: Score) -> None:
+    report = score(_honest, [["red cube", "blue sphere"], ["blue sphere", "red cube"]], draws=2)
+    for name in ("accuracy", "exact", "object_f1"):
+        assert report.measures[name].shuffled is None, name
+        assert report.is_told(name), name
+
+
 def test_one_list_cannot_be_shuffled_and_says_nothing_of_others(score: Score) -> None:
     report = score(_honest, LISTS[2:3], draws=5)
     for name in ("accuracy", "exact", "retention", "preservation", "diversity"):
