@@ -417,7 +417,7 @@ def _evaluate(args: argparse.Namespace) -> Report:
     if args.sheet and not args.realism:
         args.parser.error("argument --sheet: needs --realism, whose pictures it shows")
     if args.conditions is None:
-        for option in ("draws", "judge"):
+        for option in ("draws", "judge", "counter"):
             if getattr(args, option) is not None:
                 args.parser.error(f"argument --{option}: needs --conditions, whose pictures it is about")
     _settle_redraw(args)
@@ -438,6 +438,7 @@ def _evaluate(args: argparse.Namespace) -> Report:
                 args.conditions,
                 draws=args.draws or DRAWS,
                 judge=args.judge or "judge",
+                counter=args.counter or "counter",
                 data=args.data,
                 best_of=args.best_of,
                 redraw=args.redraw,
@@ -730,6 +731,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="PATH", help="folder or file of `condgan prepare`, to compare with"
     )
     _add_model(evaluate, "--judge", shown="judge", metavar="NAME")
+    _add_model(evaluate, "--counter", shown="counter", metavar="NAME")
     evaluate.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the first picture (default: 0)")
     _add_best_of(evaluate)
     evaluate.add_argument(

@@ -214,6 +214,7 @@ def test_version(run: Run) -> None:
         ("evaluate --conditions test.json --redraw turn", "--redraw: needs --best-of"),
         ("evaluate --realism --data data --judge nosuch", "--judge: needs --conditions"),
         ("evaluate --realism --data data --draws 3", "--draws: needs --conditions"),
+        ("evaluate --realism --data data --counter mine", "--counter: needs --conditions"),
     ],
 )
 def test_wrong_usage(line: str, message: str, run: Run, tmp_path: Path) -> None:
@@ -264,6 +265,10 @@ def test_wrong_usage(line: str, message: str, run: Run, tmp_path: Path) -> None:
         ("evaluate --conditions {data}/objects.json", "expected a list of names"),
         ("evaluate --conditions {data}/images/CLEVR_train_000000_0.png", "is not valid JSON"),
         ("evaluate --conditions {data}/test.json --judge jugde", "unknown checkpoint 'jugde': did you mean 'judge'?"),
+        (
+            "evaluate --conditions {data}/test.json --counter conter",
+            "unknown checkpoint 'conter': did you mean 'counter'?",
+        ),
         (
             "evaluate --conditions {data}/test.json --judge iclevr-64",
             "holds the model type IterativeGenerator, wanted is Sce",
