@@ -10,6 +10,7 @@ from torch import Tensor
 
 from condgan import images as pictures
 from condgan.datasets import SceneDataset
+from condgan.devices import cpu_by_default
 from condgan.functional import SCENES_AT_ONCE, places_of_turns
 from condgan.models import IterativeGenerator
 from condgan.ranks import Ranks
@@ -93,6 +94,7 @@ class TrainingScenes:
         progress: show a progress bar on stderr while they are.
     """
 
+    @cpu_by_default()
     def __init__(
         self, data: SceneDataset, generator: IterativeGenerator, fit_canvas: bool = True, *, progress: bool = False
     ) -> None:

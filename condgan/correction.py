@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condgan.derived import Derived
+from condgan.derived import Derived, is_eager
 
 EDGE = 4
 """Pixels at each side of a turn's window that answer to nothing: in the shipped model they had 0.1 % of the answers'
@@ -131,7 +131,7 @@ class FirstTurnCorrection(nn.Module):
         place: Tensor | None = None,
         code: Tensor | None = None,
     ) -> Tensor | None:
-        can_look = condition.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would be waited for
+        can_look = condition.device.type == "cpu" and is_eager()  # a GPU would be waited for
         likeness = F.normalize(condition.detach()) @ self._directions(self.conditions)  # (N, K)
         likeness, nearest = likeness.max(1)
         if can_look and not (likeness > LEAST_LIKENESS).any():

@@ -480,7 +480,7 @@ def _stream_turns(
         with torch.no_grad(), evaluating(generator):
             image, place = next(steps)
         _check_drawn(image)
-        return image.cpu(), None if place is None else place.cpu()
+        return image.cpu().clone(), None if place is None else place.cpu()  # the next turn is drawn on the other
 
     image, _ = draw_next()
     for turn, name in enumerate(scene):

@@ -6,7 +6,7 @@ All are pure but :func:`evaluating`, which switches a network to eval mode for a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condgan.derived import is_eager
 from condgan.images import LEVEL, from_uint8, round_turn
 from condgan.vocab import Vocabulary
 
@@ -31,20 +32,19 @@ class ConditionEncoder(Protocol):
     def __call__(self, objects: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
 
-class TurnGenerator(Protocol):
-    """Draws one turn: z (N, Z), condition (N, D), prev_image (N, 3, H, W), place (N, 2) or None to (N, 3, H, W)."""
-
-    def __call__(self, z: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None = None) -> Tensor: ...
+TurnGenerator = Callable[..., Tensor]
+"""Draws one turn: z (N, Z), condition (N, D), prev_image (N, 3, H, W), and place (N, 2) if any, to (N, 3, H, W)."""
 
 
 def encode_objects(
-    names: Sequence[str] | Sequence[Sequence[str]], vocabulary: Vocabulary | Sequence[str] | None = None
+    names: Sequence[str] | Sequence[Sequence[str]],
+    vocabulary: Vocabulary | Sequence[str] | Mapping[str, int] | None = None,
 ) -> Tensor:
     """One-hot vectors of object names.
 
     Args:
         names: the objects of one scene, or a list of such lists; lists may differ in length.
-        vocabulary: the known objects in the order of their ids; None is i-CLEVR's 24.
+        vocabulary: the known objects in the order of their ids, or a dict from each to its id; None is i-CLEVR's 24.
 
     Returns:
         (T, K) for one scene, (N, T, K) for a batch, float32 of 0 and 1. Turns after a scene's last are zero rows.
@@ -80,14 +80,14 @@ def _encode_scene(names: Sequence[str], vocabulary: Vocabulary) -> Tensor:
 
 
 def roll_conditions(
-    encoder: ConditionEncoder, conditions: Tensor | Sequence[Tensor], hidden: Tensor | None = None
+    encoder: ConditionEncoder, conditions: Tensor | Iterable[Tensor], hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Roll an RNN over condition sequences.
 
     Args:
         encoder: one turn of the RNN, such as ``IterativeGenerator.encoder``.
-        conditions: (N, T, K) multi-hot objects of every turn, a turn of zeros only is padding; or a list of N (T, K)
-            tensors of different lengths.
+        conditions: (N, T, K) multi-hot objects of every turn, a turn of zeros only is padding; or N (T, K) tensors
+            of different lengths.
         hidden: (N, H) state to go on from; None starts afresh.
 
     Returns:
@@ -95,13 +95,11 @@ def roll_conditions(
         A sequence's numbers do not depend on how much padding follows it.
 
     Raises:
-        ValueError: ``conditions`` or ``hidden`` is not of the shape above, or, on a CPU, holds NaN or infinity.
+        TypeError: ``conditions`` or ``hidden`` is no tensor, nor ``conditions`` several.
+        ValueError: one is not of the shape above, or, on a CPU, holds NaN or infinity.
     """
-    if not isinstance(conditions, Tensor):
-        shapes = [tuple(sequence.shape) for sequence in conditions]
-        if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
-            raise ValueError(f"conditions must be a list of (T, K) tensors of one K, got shapes {shapes}")
-        conditions = torch.nn.utils.rnn.pad_sequence(list(conditions), batch_first=True)
+    conditions = _padded(conditions)
+    _check_tensors(hidden=hidden)
     if conditions.ndim != 3 or conditions.shape[1] == 0:
         raise ValueError(f"conditions must be (N, T, K) with T of at least 1, got {tuple(conditions.shape)}")
     if hidden is not None and (hidden.ndim != 2 or len(hidden) != len(conditions)):
@@ -119,7 +117,7 @@ def roll_conditions(
 
 def rollout(
     generator: TurnGenerator,
-    conditions: Tensor,
+    conditions: Tensor | Iterable[Tensor],
     z: Tensor,
     start: Tensor,
     places: Tensor | None = None,
@@ -131,11 +129,12 @@ def rollout(
     Args:
         generator: one turn of a generator, such as an ``IterativeGenerator``.
         conditions: (N, T, D) outputs of :func:`roll_conditions`; or (N, T, K) multi-hot objects, if ``generator``
-            has an ``encoder`` that reads ``encoder.num_objects`` objects.
-        z: (N, T, Z) noise, or (N, Z) for the same noise every turn.
+            has an ``encoder`` that reads ``encoder.num_objects`` objects; or N tensors of different lengths.
+        z: (N, T, Z) noise, or (N, Z) for the same noise every turn, in any floating type.
         start: (N, 3, H, W) or (3, H, W) canvas before the first turn, in [-1, 1].
-        places: (N, T, 2) centres in pixels (x, y), for generators that know places; padding may be NaN.
-        callback: called after every turn with its number and the pictures (N, 3, H, W).
+        places: (N, T, 2) centres in pixels (x, y), for generators that know places; padding may be NaN. None: a
+            generator with a ``place_model`` puts each object where that says, by the first three numbers of its noise.
+        callback: called after every turn with its number and the pictures (N, 3, H, W), a copy.
         rest: (N, 3, H, W), what rounding to 256 levels took from ``start``: every picture is rounded too, as in
             ``generate`` (:func:`condgan.images.round_turn`). None leaves pictures, and gradients, as they are.
 
@@ -144,9 +143,13 @@ def rollout(
         leaves the picture as it was.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: a tensor does not have the shape above; or, on a CPU, one holds NaN or infinity, or ``start`` is not
             in [-1, 1]. A GPU would have to be waited for.
     """
+    conditions = _padded(conditions)
+    _check_tensors(optional=False, z=z, start=start)
+    _check_tensors(places=places, rest=rest)
     if conditions.ndim != 3 or conditions.shape[1] == 0:
         raise ValueError(f"conditions must be (N, T, D) with T of at least 1, got {tuple(conditions.shape)}")
     _check_finite(conditions=conditions, z=z, start=start)
@@ -155,6 +158,7 @@ def rollout(
     if may_be_objects and ((conditions == 0) | (conditions == 1)).all():
         conditions, _ = roll_conditions(encoder, conditions)
     n, turns, _ = conditions.shape
+    z = z.to(conditions.dtype)
     if z.ndim == 2:
         z = z[:, None].expand(-1, turns, -1)
     if z.ndim != 3 or z.shape[:2] != (n, turns):
@@ -176,7 +180,9 @@ def rollout(
     image = start.expand(n, -1, -1, -1)
     images = []
     for turn in range(turns):
-        drawn = generator(z[:, turn], conditions[:, turn], image, None if places is None else places[:, turn])
+        noise, condition = z[:, turn], conditions[:, turn]
+        place = _likely_place(generator, noise, condition, image) if places is None else places[:, turn]
+        drawn = generator(noise, condition, image, *(() if place is None else (place,)))
         drawn = torch.where(present[:, turn, None, None, None], drawn, image)
         if rest is None:
             image = drawn
@@ -184,8 +190,42 @@ def rollout(
             image, rest = round_turn(image, drawn, rest)
         images.append(image)
         if callback is not None:
-            callback(turn, image)
+            callback(turn, image.clone())
     return torch.stack(images, 1)
+
+
+def _likely_place(generator: Any, noise: Tensor, condition: Tensor, image: Tensor) -> Tensor | None:
+    """Where a generator's place model puts the objects of a turn, (N, 2); None where it has none."""
+    place_model = getattr(generator, "place_model", None)
+    if place_model is None:
+        return None
+    with torch.no_grad():
+        uniform = torch.special.ndtr(noise.float()).repeat(1, 3)[:, :3].clamp(max=1 - 2**-24)
+        place: Tensor = place_model(image.to(condition.dtype), condition, uniform, generator.read_light(image))
+    return place
+
+
+def _padded(conditions: Tensor | Iterable[Tensor]) -> Tensor:
+    """Sequences of one length, (N, T, K): those that are shorter end in zeros."""
+    if isinstance(conditions, Tensor):
+        return conditions
+    expected = "conditions must be a tensor (N, T, K) or a list of tensors (T, K) of one K"
+    if not isinstance(conditions, Iterable) or isinstance(conditions, str):
+        raise TypeError(f"{expected}, got {type(conditions).__name__}")
+    sequences = list(conditions)
+    if not all(isinstance(sequence, Tensor) for sequence in sequences):
+        raise TypeError(f"{expected}, got a list of {', '.join(sorted({type(x).__name__ for x in sequences}))}")
+    shapes = [tuple(sequence.shape) for sequence in sequences]
+    if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
+        raise ValueError(f"{expected}, got shapes {shapes}")
+    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+
+
+def _check_tensors(*, optional: bool = True, **arguments: object) -> None:
+    """Refuse what is no tensor, such as an array or a picture."""
+    for name, value in arguments.items():
+        if not (isinstance(value, Tensor) or (optional and value is None)):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def _check_finite(**tensors: Tensor | None) -> None:
@@ -340,7 +380,7 @@ def crop(images: Tensor, corners: Tensor, crop_size: int) -> Tensor:
 
 def _is_one_at_hand(images: Tensor) -> bool:
     """Whether this is a single picture, whose square can be told by whole numbers: a third of the operations."""
-    return len(images) == 1 and images.device.type == "cpu" and not torch.compiler.is_compiling()
+    return len(images) == 1 and images.device.type == "cpu" and is_eager()
 
 
 def _square(image: Tensor, corners: Tensor, size: int) -> Tensor:

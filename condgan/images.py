@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import product
@@ -163,17 +164,18 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def read_pixels(path: str | Path) -> Tensor:
+def read_pixels(path: str | os.PathLike[str]) -> Tensor:
     """The picture in a file to (3, H, W) uint8, in the size it has, upright as a camera has noted. See :func:`to_rgb`.
 
     Raises:
         FileNotFoundError: there is no file at the path.
         ValueError: the file is not a picture, is damaged or cannot be read; the message names it.
     """
-    if not Path(path).exists() or Path(path).is_dir():  # a pipe will do
+    path = Path(path)
+    if not path.exists() or path.is_dir():  # a pipe will do
         raise FileNotFoundError(f"image: there is no file {str(path)!r}")
     try:
-        with Path(path).open("rb") as file, Image.open(file) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             image.load()
             return _pixels(_upright(image))
     except UnidentifiedImageError:
@@ -192,13 +194,13 @@ def resize(images: Tensor, image_size: int) -> Tensor:
     return F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=False)
 
 
-def load_image(image: Image.Image | str | Path | NDArray[Any] | Tensor, image_size: int) -> Tensor:
+def load_image(image: Image.Image | str | os.PathLike[str] | NDArray[Any] | Tensor, image_size: int) -> Tensor:
     """Any picture as a (3, image_size, image_size) float32 tensor in [-1, 1].
 
     Args:
         image: a PIL picture of any mode and size, turned as its camera has noted; the path of one; a uint8 array
-            (H, W), (H, W, 3) or (H, W, 4); or a tensor (3, H, W), floating point in [-1, 1] or uint8. Equal pictures
-            give equal results.
+            (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); or a tensor or array (3, H, W) or (1, 3, H, W), floating point
+            in [-1, 1] or uint8. Equal pictures give equal results.
         image_size: side of the result; see :func:`resize`.
 
     Raises:
@@ -206,23 +208,18 @@ def load_image(image: Image.Image | str | Path | NDArray[Any] | Tensor, image_si
         TypeError: ``image`` is none of the above.
         ValueError: the file is not a picture, a shape is wrong, or values are NaN or out of range.
     """
-    if isinstance(image, (str, Path)):
+    if isinstance(image, (str, os.PathLike)):
         tensor = read_pixels(image)
     elif isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-            raise ValueError(
-                f"image: an array must be uint8 (H, W), (H, W, 3) or (H, W, 4), got {image.dtype} {image.shape}; "
-                "a float picture or one with its channels first can be given as a tensor"
-            )
-        if image.size == 0:  # of which older versions of Pillow make no picture
-            raise ValueError(f"image: a picture must be (3, H, W) and not empty, got {(3, *image.shape[:2])}")
-        tensor = _pixels(Image.fromarray(image))
+        tensor = _from_array(image)
     elif isinstance(image, Image.Image):
         tensor = _pixels(_upright(image))
     elif isinstance(image, Tensor):
         tensor = image.detach().cpu()
     else:
         raise TypeError(f"image must be a PIL picture, a path, an array or a tensor, got {type(image).__name__}")
+    if tensor.ndim == 4 and len(tensor) == 1:  # as that of a result of one picture
+        tensor = tensor[0]
     if tensor.ndim != 3 or tensor.shape[0] != 3 or 0 in tensor.shape:
         raise ValueError(f"image: a picture must be (3, H, W) and not empty, got {tuple(tensor.shape)}")
     if tensor.dtype == torch.uint8:
@@ -233,6 +230,21 @@ def load_image(image: Image.Image | str | Path | NDArray[Any] | Tensor, image_si
         check_range("image: a tensor", tensor)
     # contiguous, since the last bits of a convolution depend on the memory layout
     return resize(tensor.float()[None], image_size)[0].clamp(-1, 1).contiguous()
+
+
+def _from_array(image: NDArray[Any]) -> Tensor:
+    """An array with its channels last, uint8, or first, as the tensor that it says."""
+    shape = image.shape[-3:]
+    if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and shape[2] in (1, 3, 4))):
+        if image.size == 0:  # of which older versions of Pillow make no picture
+            raise ValueError(f"image: a picture must be (3, H, W) and not empty, got {(3, *image.shape[:2])}")
+        return _pixels(Image.fromarray(image[:, :, 0] if image.ndim == 3 and shape[2] == 1 else image))
+    if len(shape) == 3 and shape[0] == 3 and image.ndim in (3, 4) and image.dtype.kind in "fu":
+        return torch.from_numpy(np.ascontiguousarray(image))
+    raise ValueError(
+        "image: an array must be uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or (3, H, W), uint8 or floating "
+        f"point in [-1, 1], got {image.dtype} {image.shape}"
+    )
 
 
 def check_range(name: str, images: Tensor) -> None:
@@ -258,7 +270,9 @@ def check_range(name: str, images: Tensor) -> None:
 
 
 def check_colours(images: Tensor) -> None:
-    """Raise a ValueError unless ``images`` is a batch of colour pictures, (N, 3, H, W)."""
+    """Raise a TypeError unless ``images`` is a tensor, a ValueError unless one of colour pictures, (N, 3, H, W)."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor (N, 3, H, W) in [-1, 1], got {type(images).__name__}")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from condgan.derived import Derived
@@ -33,6 +34,15 @@ def normalised(layer: LayerT, spectral: bool) -> LayerT:
     if spectral:
         spectral_norm(layer)
     return layer
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer does what its weights say, which may then be used without a call of it.
+
+    A layer with hooks does not, nor one that another library has put in its place, such as an adapter.
+    """
+    known = type(layer) in (nn.Conv2d, nn.Linear) or parametrize.is_parametrized(layer)
+    return known and not layer._forward_pre_hooks and not layer._forward_hooks
 
 
 class ConditionalBatchNorm2d(nn.Module):
@@ -80,7 +90,7 @@ class ConditionalBatchNorm2d(nn.Module):
                 f"got {tuple(condition.shape)}"
             )
         mean, variance = self.bn.running_mean, self.bn.running_var
-        if self.bn.training or mean is None or variance is None:
+        if self.bn.training or mean is None or variance is None or not is_plain(self.fc):
             scale, shift = self.fc(condition)[:, :, None, None].chunk(2, dim=1)  # (N, C, 1, 1) each
             return torch.addcmul(shift, self.bn(x), 1 + scale)
         weight, bias = self._folded(self.fc.weight, self.fc.bias, mean, variance)
@@ -208,6 +218,9 @@ class GenBlock(nn.Module):
         condition: (N, D).
         output: (N, out_channels, 2H, 2W).
 
+    Raises:
+        ValueError: an input does not have the shape above.
+
     Source: Miyato and Koyama 2018, arXiv:1802.05637 (figure 14), with leaky ReLU as in the reference.
 
     Example:
@@ -225,14 +238,13 @@ class GenBlock(nn.Module):
         self._enlarging_weight = Derived(enlarging_weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shortcut = F.interpolate(self.c0(x), scale_factor=2, mode="nearest")
-        x = F.leaky_relu(self.cbn1(x, condition), NEGATIVE_SLOPE)
-        if self._is_small(x):
-            x = self.c1(F.interpolate(x, scale_factor=2, mode="nearest"))  # (N, out_channels, 2H, 2W)
+        y = F.leaky_relu(self.cbn1(x, condition), NEGATIVE_SLOPE)
+        if not is_plain(self.c1) or self._is_small(y):
+            y = self.c1(F.interpolate(y, scale_factor=2, mode="nearest"))  # (N, out_channels, 2H, 2W)
         else:
-            x = F.conv_transpose2d(x, self._enlarging_weight(self.c1.weight), self.c1.bias, stride=2, padding=1)
-        x = self.c2(F.leaky_relu(self.cbn2(x, condition), NEGATIVE_SLOPE))
-        return x + shortcut
+            y = F.conv_transpose2d(y, self._enlarging_weight(self.c1.weight), self.c1.bias, stride=2, padding=1)
+        y = self.c2(F.leaky_relu(self.cbn2(y, condition), NEGATIVE_SLOPE))
+        return y + F.interpolate(self.c0(x), scale_factor=2, mode="nearest")
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -261,6 +273,9 @@ class DisBlock(nn.Module):
         x: (N, in_channels, H, W), H and W at least 2.
         output: (N, out_channels, H // 2, W // 2).
 
+    Raises:
+        ValueError: ``x`` does not have the shape above.
+
     Source: Miyato et al. 2018, arXiv:1802.05957.
 
     Example:
@@ -270,34 +285,44 @@ class DisBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, preactivate: bool = True, spectral: bool = True) -> None:
         super().__init__()
+        self.in_channels = in_channels
         self.preactivate = preactivate
         self.c0 = normalised(nn.Conv2d(in_channels, out_channels, 1), spectral)
         self.c1 = normalised(nn.Conv2d(in_channels, out_channels, 3, padding=1), spectral)
         self.c2 = normalised(nn.Conv2d(out_channels, out_channels, 3, padding=1), spectral)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
         shortcut = self.c0(F.avg_pool2d(x, 2))
         if self.preactivate:
             x = F.leaky_relu(x, NEGATIVE_SLOPE)
         x = F.leaky_relu(self.c1(x), NEGATIVE_SLOPE)
-        return self._halve(x, self.c2.bias) + shortcut
+        x = self._halve(x, self.c2.bias) if is_plain(self.c2) else F.avg_pool2d(self.c2(x), 2)
+        return x + shortcut
 
     def changes(self, x: Tensor, changes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """What the block makes of ``x``, and how ``x + change`` would change that, for each of ``changes``.
 
-        The same as ``block(x + change) - block(x)``, but what rounding costs goes by the size of the changes.
+        The same as ``block(x + change) - block(x)``, but what rounding costs goes by the size of the changes. It uses
+        the weights of the convolutions, and calls no hooks for the changes.
 
         Shape:
             x: as in :meth:`forward`; changes: likewise, each.
             output: as that of :meth:`forward`, and likewise for each change.
         """
-        shortcuts = _convolved_changes(self.c0, [F.avg_pool2d(change, 2) for change in changes])
-        inside = [rectified_change(x, change) for change in changes] if self.preactivate else changes
-        before = self.c1(F.leaky_relu(x, NEGATIVE_SLOPE) if self.preactivate else x)
-        inside = [rectified_change(before, change) for change in _convolved_changes(self.c1, inside)]
-        inside = [self._halve(change, None) for change in inside]
-        y = self._halve(F.leaky_relu(before, NEGATIVE_SLOPE), self.c2.bias) + self.c0(F.avg_pool2d(x, 2))
+        self._check(x)
+        with parametrize.cached():  # all see the weights of one step of spectral normalisation
+            shortcuts = _convolved_changes(self.c0, [F.avg_pool2d(change, 2) for change in changes])
+            inside = [rectified_change(x, change) for change in changes] if self.preactivate else changes
+            before = self.c1(F.leaky_relu(x, NEGATIVE_SLOPE) if self.preactivate else x)
+            inside = [rectified_change(before, change) for change in _convolved_changes(self.c1, inside)]
+            inside = [self._halve(change, None) for change in inside]
+            y = self._halve(F.leaky_relu(before, NEGATIVE_SLOPE), self.c2.bias) + self.c0(F.avg_pool2d(x, 2))
         return y, [change + shortcut for change, shortcut in zip(inside, shortcuts, strict=True)]
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] < 2 or x.shape[3] < 2:
+            raise ValueError(f"x must be (N, {self.in_channels}, H, W), H and W at least 2, got {tuple(x.shape)}")
 
     def _halve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The second convolution and the pooling."""

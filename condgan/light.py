@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condgan.derived import Derived
+from condgan.precision import full_precision
 
 SQUARES = 8
 """The picture is looked at as so many rows and columns of mean colours."""
@@ -91,7 +92,7 @@ class SceneLight(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
-        with torch.autocast(image.device.type, enabled=False):
+        with full_precision(image.device):
             squares = (F.adaptive_avg_pool2d(image.float(), SQUARES) - self.mean.float()).flatten(2).contiguous()
             equations = self._equations(self.components)
             free = (squares.square() < equations.far).all(1)  # (N, P)

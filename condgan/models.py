@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import log2
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
@@ -20,10 +20,11 @@ from condgan import images as pictures
 from condgan.canvas import Canvas
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.correction import ANSWERS, EDGE, FirstTurnCorrection
+from condgan.derived import Derived, is_eager
 from condgan.drawing import Redraw
 from condgan.functional import crop, paste
 from condgan.hub import PretrainedModel
-from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised
+from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, is_plain, normalised
 from condgan.light import SceneLight
 from condgan.parts import (
     ConditionRNN,
@@ -37,7 +38,7 @@ from condgan.parts import (
     look,
     widths_of,
 )
-from condgan.precision import is_coarse
+from condgan.precision import full_precision, is_coarse
 from condgan.requests import Place
 from condgan.results import Drawing, Turn
 from condgan.vocab import Vocabulary
@@ -106,8 +107,7 @@ class IterativeGenerator(PretrainedModel):
 
         self.c_proj = nn.Linear(config.condition_dim, config.condition_dim)
         self.l0 = nn.Linear(config.z_dim + config.condition_dim, widths[0] * self.coarsest**2)
-        # The largest weight, read once a picture: with the inputs' rows one after the other in a third of the time.
-        self.l0.weight = nn.Parameter(self.l0.weight.detach().T.contiguous().T)
+        self._l0_transposed = Derived(_transposed)
         for i, extra in enumerate([0, *joined]):
             setattr(self, f"block{i + 1}", GenBlock(widths[i] + extra, widths[i + 1], norm_dim))
         self.num_blocks = num_blocks
@@ -247,7 +247,7 @@ class IterativeGenerator(PretrainedModel):
         if light is not None:
             norm_condition = torch.cat((norm_condition, light.to(condition.dtype)), 1)
 
-        x = self.l0(torch.cat((code, self.c_proj(condition)), 1)).unflatten(1, (-1, self.coarsest, self.coarsest))
+        x = self._coarsest_map(torch.cat((code, self.c_proj(condition)), 1))
         x = x.contiguous(memory_format=torch.channels_last)
         for i in range(self.num_blocks):
             if i == 1 or (i > 1 and self.config.output == "blend"):
@@ -261,6 +261,14 @@ class IterativeGenerator(PretrainedModel):
         drawn, mask, faint = x.split((3, 1, 3), 1)
         blended = torch.lerp(prev_image, self.tanh(drawn), mask.sigmoid())
         return blended.add(faint, alpha=pictures.LEVEL).clamp(-1, 1)
+
+    def _coarsest_map(self, x: Tensor) -> Tensor:
+        """What the first block starts from: (N, z_dim + condition_dim) to (N, C, coarsest, coarsest)."""
+        if torch.is_grad_enabled() or x.device.type != "cpu" or not (is_eager() and is_plain(self.l0)):
+            x = self.l0(x)
+        else:  # the largest weight, read once a picture: faster with the weights of an input one after the other
+            x = torch.addmm(self.l0.bias, x, self._l0_transposed(self.l0.weight))
+        return x.unflatten(1, (-1, self.coarsest, self.coarsest))
 
     def generate(
         self,
@@ -321,7 +329,7 @@ class IterativeGenerator(PretrainedModel):
 
     def add(
         self,
-        image: Image.Image | str | Path | np.ndarray | Tensor,
+        image: Image.Image | str | os.PathLike[str] | np.ndarray | Tensor,
         conditions: str | Sequence[str],
         *,
         num_images: int = 1,
@@ -334,8 +342,8 @@ class IterativeGenerator(PretrainedModel):
         """Add objects to a picture from anywhere.
 
         Args:
-            image: a PIL picture of any mode and size, a path, a uint8 array (H, W[, 3 or 4]), or a tensor (3, H, W),
-                uint8 or floating point in [-1, 1]. It is resized to the model's size.
+            image: a PIL picture of any mode and size, a path, a uint8 array (H, W[, 3 or 4]), or a tensor or array
+                (3, H, W), uint8 or floating point in [-1, 1]. It is resized to the model's size.
             conditions: the objects to add, as in :meth:`generate`, like all that follow.
             num_images: draws of each scene.
             seed: of the first picture.
@@ -378,6 +386,10 @@ class DiscriminatorOutput(NamedTuple):
     """(N,) unbounded, positive means real."""
     object_logits: Tensor
     """(N, K): which object was added."""
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.T.contiguous()
 
 
 class DiffDiscriminator(PretrainedModel):
@@ -457,8 +469,9 @@ class DiffDiscriminator(PretrainedModel):
         maps = [map_.to(prev_image.dtype) for map_ in view.maps]
         inputs = [torch.cat((image, *maps, *view.details[i : i + 1]), 1) for i, image in enumerate(view.images)]
         with parametrize.cached():  # one step of spectral normalisation's power iteration for all
-            differences = self._changes(inputs) if is_coarse(prev_image) else self._differences(inputs)
-            light = None if self.light is None else self.light_bias(self.light(prev_image).to(prev_image.dtype))
+            weight = self.l6.weight
+            differences = self._changes(inputs) if is_coarse(weight) else self._differences(inputs)
+            light = None if self.light is None else self.light_bias(self.light(prev_image).to(weight.dtype))
             return [self._judge(difference, condition, light) for difference in differences]
 
     def _differences(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -474,8 +487,9 @@ class DiffDiscriminator(PretrainedModel):
 
     def _changes(self, inputs: list[Tensor]) -> list[Tensor]:
         """As :meth:`_differences`, but it is the differences that pass the blocks."""
-        x, *others = (y.contiguous(memory_format=torch.channels_last) for y in inputs)
-        changes = [y - x for y in others]
+        before, *others = inputs
+        dtype, layout = self.l6.weight.dtype, torch.channels_last
+        x, *changes = (y.to(dtype).contiguous(memory_format=layout) for y in (before, *(y - before for y in others)))
         for i in range(3):
             x, changes = cast(DisBlock, self.get_submodule(f"block{i + 1}")).changes(x, changes)
         return changes
@@ -486,7 +500,7 @@ class DiffDiscriminator(PretrainedModel):
             x = x + light[:, :, None, None]
         for i in range(3, self.num_blocks):
             x = self.get_submodule(f"block{i + 1}")(x)
-        with torch.autocast(x.device.type, enabled=False):  # a logit is a small difference of large sums
+        with full_precision(x.device):  # a logit is a small difference of large sums
             dtype = self.l6.weight.dtype
             features = F.leaky_relu(x.to(dtype), NEGATIVE_SLOPE).sum((2, 3))
             logits = self.l6(features)[:, 0] + self.condition_projector(features, condition.to(dtype))
@@ -520,7 +534,7 @@ class NoiseEncoder(PretrainedModel):
 
     Modes: training normalises with the statistics of the batch, of at least two turns; eval with the running ones.
 
-    Source: the encoder of Zhu et al. 2017 (BicycleGAN), arXiv:1711.11586, section 3.3, with the batch norm of Zhu et
+    Source: the encoder of Zhu et al. 2017 (BicycleGAN), arXiv:1711.11586, section 3.2, with the batch norm of Zhu et
     al. 2020 (BN-VAE), arXiv:2004.12585, in place of a Kullback-Leibler term.
 
     Example:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 CPU_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16")
@@ -25,7 +27,7 @@ def fast_bfloat16(device: torch.device | str) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def autocast(device: torch.device | str, enabled: bool = True) -> torch.autocast:
+def autocast(device: torch.device | str, enabled: bool = True) -> AbstractContextManager[None]:
     """Operations that gain by it run in bfloat16 inside this context, where :func:`fast_bfloat16` says that they do.
 
     Args:
@@ -33,7 +35,17 @@ def autocast(device: torch.device | str, enabled: bool = True) -> torch.autocast
         enabled: whether to do so at all.
     """
     device = torch.device(device)
+    if not torch.amp.is_autocast_available(device.type):  # such as ``meta``
+        return nullcontext()
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast_bfloat16(device))
+
+
+def full_precision(device: torch.device | str) -> AbstractContextManager[None]:
+    """Operations run in the precision of their inputs inside this context, whatever autocast is around it."""
+    device = torch.device(device)
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def widest_float(device: torch.device | str) -> torch.dtype:
@@ -43,4 +55,5 @@ def widest_float(device: torch.device | str) -> torch.dtype:
 
 def is_coarse(x: torch.Tensor) -> bool:
     """Whether convolutions of ``x`` round to 16 bits: it has so many, or ``torch.autocast`` is enabled."""
-    return x.element_size() == 2 or torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    return x.element_size() == 2 or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))

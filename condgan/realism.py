@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from condgan.datasets import SceneDataset, scene_split
+from condgan.devices import cpu_by_default
 from condgan.drawing import Redraw, SceneModel, parse_best_of
 from condgan.functional import evaluating
 from condgan.images import from_uint8, grid, to_pil, to_uint8
@@ -71,6 +72,7 @@ class ToldApart:
         }
 
 
+@cpu_by_default()
 def told_apart(
     real: Tensor,
     drawn: Tensor,
@@ -336,6 +338,7 @@ def _captioned(picture: Image.Image, caption: str) -> Image.Image:
     return sheet
 
 
+@cpu_by_default()
 def realism_report(
     generator: SceneModel,
     data: str | Path,

@@ -71,11 +71,12 @@ def parse_places(
         ValueError: a place is not two finite numbers inside the picture, or there is not one entry an object.
     """
     example = f"one entry an object, each None or (x, y), such as {name}=[None, (45, 30)]"
+    at = _as_list(at)
     per_scene = at if batched else [at]
     if not isinstance(per_scene, (list, tuple)) or len(per_scene) != len(scenes):
         raise ValueError(f"{name} needs one list a scene and {example}; got {at!r} for {len(scenes)} scenes")
     result: list[list[Place | None]] = []
-    for scene, entries in zip(scenes, per_scene, strict=True):
+    for scene, entries in zip(scenes, map(_as_list, per_scene), strict=True):
         if entries is None:
             entries = [None] * len(scene)
         if not isinstance(entries, (list, tuple)) or len(entries) != len(scene):
@@ -96,6 +97,11 @@ def parse_places(
             row.append((x, y))
         result.append(row)
     return result
+
+
+def _as_list(value: Any) -> Any:
+    """An array or tensor as a list; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _number(value: Any) -> float:

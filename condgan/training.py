@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from functools import partial
 from math import isfinite
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from condgan.calibration import (
     with_noise,
 )
 from condgan.classifier import SceneClassifier
+from condgan.devices import cpu_by_default
 from condgan.functional import changed_region, local_mean, pixel_distance, roll_conditions, rollout
 from condgan.losses import OBJECTIVES, reverse_gradient
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
@@ -88,6 +90,7 @@ class Trainer:
         ValueError: a step has too few scenes for so many ranks and parts.
     """
 
+    @cpu_by_default()
     def __init__(
         self,
         config: TrainConfig,
@@ -141,6 +144,7 @@ class Trainer:
         """Whether the first stage, reconstruction, is over."""
         return self.images >= self.config.reconstruction_images
 
+    @cpu_by_default()
     def train_step(self) -> dict[str, float]:
         """One step of the current stage; returns the losses by name, as plain numbers."""
         self._set_learning_rates()
@@ -251,7 +255,7 @@ class Trainer:
         size = batch.images.shape[2:]
         return batch.rows(torch.rand(batch.part.total * batch.turns, 2, 1, *size, generator=rng)).transpose(0, 1)
 
-    def _autocast(self) -> torch.autocast:
+    def _autocast(self) -> AbstractContextManager[None]:
         return autocast(self.device, self.config.bf16)
 
     def _reconstruction_errors(self, fake: Tensor, batch: Batch, found: Tensor | None = None) -> Tensor:
@@ -434,12 +438,14 @@ class Trainer:
         floats = [name for name, value in target.items() if value.is_floating_point()]
         get_ema_multi_avg_fn(decay)([target[n] for n in floats], [source[n] for n in floats], None)
 
+    @cpu_by_default()
     def export(self) -> IterativeGenerator:
         """A copy of the averaged model with batch norm statistics of its own free-running scenes, in eval mode."""
         generator = copy.deepcopy(self.ema_generator)
         recalibrate(generator, F.one_hot(self.scenes.objects, self.scenes.num_objects).float())
         return generator
 
+    @cpu_by_default()
     def finish(self, progress: bool = True) -> IterativeGenerator:
         """What the run was for: :meth:`export`, with mapping, place model and correction fitted to finished weights."""
         generator = copy.deepcopy(self.ema_generator)

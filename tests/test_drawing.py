@@ -116,6 +116,17 @@ def test_stream_equals_generate(generator: IterativeGenerator) -> None:
     assert [turn.place for turn in turns] == ([None] * 3 if result.places is None else result.places[0])
 
 
+def test_pictures_of_a_stream_are_its_users(generator: IterativeGenerator) -> None:
+    """To scale one in place changes no later turn."""
+    scene = ["red cube", "blue sphere", "gray cube"]
+    expected = [turn.tensor for turn in generator.stream(scene, seed=3)]
+    found = []
+    for turn in generator.stream(scene, seed=3):
+        found.append(turn.tensor.clone())
+        turn.tensor.add_(1).div_(2)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_random_states_of_others_are_left_alone(generator: IterativeGenerator) -> None:
     def states() -> tuple[bytes, str, str]:
         torch_state = torch.random.get_rng_state().numpy().tobytes()

@@ -203,7 +203,7 @@ def test_any_network_of_the_signature_can_be_rolled() -> None:
     [
         (torch.zeros(3, 24), None, r"conditions must be \(N, T, K\) .* got \(3, 24\)"),
         (torch.zeros(2, 0, 24), None, r"T of at least 1, got \(2, 0, 24\)"),
-        ([], None, r"conditions must be a list of \(T, K\)"),
+        ([], None, r"conditions must be a tensor \(N, T, K\) or a list of tensors \(T, K\)"),
         ([torch.zeros(3, 24), torch.zeros(2, 23)], None, r"one K, got shapes \[\(3, 24\), \(2, 23\)\]"),
         ([torch.zeros(24)], None, r"got shapes \[\(24,\)\]"),
         (torch.ones(2, 3, 23), None, r"objects must be \(N, 24\), got \(2, 23\)"),
@@ -216,6 +216,25 @@ def test_any_network_of_the_signature_can_be_rolled() -> None:
 def test_wrong_sequences_are_refused(encoder: ConditionRNN, conditions: Any, hidden: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         roll_conditions(encoder, conditions, hidden)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "hidden", "message"),
+    [
+        ([["red cube"]], None, "conditions must be a tensor .* got a list of list"),
+        (None, None, "conditions must be a tensor .* got NoneType"),
+        (torch.ones(2, 3, 24).numpy(), None, "conditions must be a tensor .* got a list of ndarray"),
+        (torch.ones(2, 3, 24), torch.zeros(2, 6).numpy(), "hidden must be a tensor, got ndarray"),
+    ],
+)
+def test_sequences_of_no_tensors_are_refused(encoder: ConditionRNN, conditions: Any, hidden: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        roll_conditions(encoder, conditions, hidden)
+
+
+def test_sequences_may_come_one_by_one(encoder: ConditionRNN) -> None:
+    expected = roll_conditions(encoder, one_hot_scenes(torch.float64))[0]
+    assert torch.equal(roll_conditions(encoder, (x for x in one_hot_scenes(torch.float64)))[0], expected)
 
 
 # rollout
@@ -321,9 +340,58 @@ def test_one_start_picture_serves_all_scenes(generator: IterativeGenerator) -> N
 @torch.no_grad()
 def test_the_callback_sees_every_turn(generator: IterativeGenerator) -> None:
     seen: list[tuple[int, Tensor]] = []
-    images = rollout(generator, *inputs(), callback=lambda turn, image: seen.append((turn, image)))
+
+    def look(turn: int, image: Tensor) -> None:
+        seen.append((turn, image.clone()))
+        image.zero_()  # what is handed out is not what the next turn is drawn on
+
+    images = rollout(generator, *inputs(), callback=look)
     assert [turn for turn, _ in seen] == [0, 1, 2]
     assert torch.equal(torch.stack([image for _, image in seen], 1), images)
+    assert torch.equal(rollout(generator, *inputs()), images)
+
+
+@torch.no_grad()
+def test_any_generator_of_three_arguments_can_be_rolled() -> None:
+    images = rollout(
+        lambda z, c, image: image + 0.1 * c.mean() + z.mean(),
+        torch.ones(2, 3, 5),
+        torch.zeros(2, 7),
+        torch.zeros(3, 8, 8),
+    )
+    torch.testing.assert_close(images[:, :, 0, 0, 0], torch.tensor([[0.1, 0.2, 0.3]] * 2))
+
+
+@torch.no_grad()
+def test_without_places_each_object_stands_where_the_place_model_puts_it(place_generator: IterativeGenerator) -> None:
+    objects, z, start = inputs()
+    put: list[Tensor] = []
+    assert place_generator.place_model is not None
+    hook = place_generator.place_model.register_forward_hook(lambda module, given, place: put.append(place))
+    images = rollout(place_generator, objects, z, start)
+    hook.remove()
+    assert torch.equal(rollout(place_generator, objects, z, start, torch.stack(put, 1)), images)
+    assert not torch.equal(rollout(place_generator, objects, z.flip(2), start, torch.stack(put, 1)), images)
+    few = rollout(place_generator, objects, z.flip(2), start)
+    assert not torch.equal(few, images), "other noise, other places"
+
+
+@torch.no_grad()
+def test_sequences_and_noise_of_other_kinds_are_rolled_alike(generator: IterativeGenerator) -> None:
+    objects, z, start = inputs()
+    assert torch.equal(
+        rollout(generator, one_hot_scenes(torch.float64), z, start), rollout(generator, objects, z, start)
+    )
+    coarse = z.half()
+    assert torch.equal(rollout(generator, objects, coarse, start), rollout(generator, objects, coarse.double(), start))
+
+
+@pytest.mark.parametrize("name", ["z", "start", "places", "rest"])
+def test_arrays_are_told_from_tensors(generator: IterativeGenerator, name: str) -> None:
+    objects, z, start = inputs()
+    arguments: dict[str, Any] = {"z": z, "start": start, name: start.numpy()}
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got ndarray"):
+        rollout(generator, objects, **arguments)
 
 
 def test_the_last_picture_has_a_gradient_to_everything_before_it(place_generator: IterativeGenerator) -> None:
@@ -373,7 +441,6 @@ def test_any_generator_of_the_signature_can_be_rolled_out() -> None:
         ({"rest": torch.rand(3, 1, 1)}, r"rest must be \(3, 3, 32, 32\), got \(3, 1, 1\)"),
         ({"places": torch.zeros(3, 2)}, r"places must be \(3, 3, 2\), got \(3, 2\)"),
         ({"places": torch.full((3, 3, 2), math.nan)}, "places holds NaN"),
-        ({"places": None}, r"place must be \(3, 2\) pixels \(x, y\), got None"),
     ],
 )
 def test_wrong_input_of_rollout_is_named(

@@ -18,6 +18,7 @@ from torch import Tensor
 from condgan import IterativeGenerator, ObjectCounter, SceneClassifier, calibration, precision, ranks
 from condgan.cli import main
 from condgan.datasets import SceneDataset
+from condgan.images import LEVEL
 from condgan.realism import ToldApart, told_apart
 from condgan.results import Drawing
 from condgan.runs import train
@@ -73,7 +74,9 @@ def test_a_gpu_draws_what_a_cpu_draws(
     with pretend_gpu():
         drawn = draw(on_gpu(generator))
     assert type(drawn.trajectory) is torch.Tensor
-    torch.testing.assert_close(drawn.trajectory, wanted.trajectory)
+    difference = (drawn.trajectory - wanted.trajectory).abs()
+    assert difference.max() < 1.01 * LEVEL, "last bits, which decide on a level of 256 now and then"
+    assert (difference > 0).float().mean() < 2e-3
     assert drawn.places == wanted.places
 
 

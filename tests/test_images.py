@@ -43,6 +43,25 @@ def as_tensor(pixels: np.ndarray[Any, Any]) -> Tensor:
     return torch.tensor(pixels.transpose(2, 0, 1) / 127.5 - 1, dtype=torch.float32)
 
 
+class Pathlike:
+    """A path of another library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def test_arrays_and_batches_of_one_are_the_pictures_that_they_hold(tmp_path: Path) -> None:
+    expected, first = as_tensor(COLOUR), COLOUR.transpose(2, 0, 1)
+    Image.fromarray(COLOUR).save(tmp_path / "a.png")
+    alike: list[Any] = [first, first[None], expected.numpy(), expected.double().numpy()[None], expected[None]]
+    for image in (*alike, Pathlike(tmp_path / "a.png"), COLOUR[::-1].copy()[::-1]):
+        torch.testing.assert_close(load_image(image, 16), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(load_image(GRAY[:, :, None], 16), as_tensor(GRAY), atol=1e-6, rtol=0)
+
+
 # Tensors and pictures
 
 
@@ -382,13 +401,15 @@ def test_rounding_errors_are_clipped() -> None:
         (7, TypeError, "got int"),
         ([[0, 0]], TypeError, "got list"),
         (np.zeros((4, 4, 3)), ValueError, r"an array must be uint8 \(H, W\), .* got float64 \(4, 4, 3\)"),
-        (np.zeros((3, 8, 8), np.uint8), ValueError, r"got uint8 \(3, 8, 8\); .*channels first .* tensor"),
+        (np.zeros((2, 3, 8, 8), np.uint8), ValueError, r"must be \(3, H, W\) .* got \(2, 3, 8, 8\)"),
+        (np.zeros((3, 8, 8), bool), ValueError, r"an array must .* got bool \(3, 8, 8\)"),
+        (np.full((3, 8, 8), 3.0), ValueError, r"must be finite and in \[-1, 1\], got 3 to 3"),
         (np.zeros((1, 4, 4, 3), np.uint8), ValueError, r"got uint8 \(1, 4, 4, 3\)"),
         (np.zeros(4, np.uint8), ValueError, r"got uint8 \(4,\)"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, r"not empty, got \(3, 0, 4\)"),
         (Image.new("RGB", (0, 5)), ValueError, r"not empty, got \(3, 5, 0\)"),
         (Image.new("I", (0, 5)), ValueError, r"not empty, got \(3, 5, 0\)"),
-        (torch.zeros(1, 3, 4, 4), ValueError, r"must be \(3, H, W\) .* got \(1, 3, 4, 4\)"),
+        (torch.zeros(2, 3, 4, 4), ValueError, r"must be \(3, H, W\) .* got \(2, 3, 4, 4\)"),
         (torch.zeros(4, 4, 3), ValueError, r"got \(4, 4, 3\)"),
         (torch.zeros(3, 0, 4), ValueError, r"got \(3, 0, 4\)"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), ValueError, r"floating point in \[-1, 1\] or uint8, got torch.int64"),

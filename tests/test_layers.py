@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import reference
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from reference import randomise
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from condgan import layers
 from condgan.derived import steady_weights
@@ -191,10 +194,12 @@ def test_channels_that_do_not_match_are_an_error() -> None:
         for shape in ((2, 4, 4, 4), (2, 1, 4, 4), (2, 3, 4)):  # of which the last two would broadcast
             with pytest.raises(ValueError, match=rf"x must be \(N, 3, H, W\), got \({str(shape)[1:-1]}\)"):
                 layer(torch.zeros(shape), torch.zeros(2, 5))
-    with pytest.raises(RuntimeError, match=r"expected input\[2, 4, 4, 4\] to have 3 channels"):
-        GenBlock(3, 3, 5)(torch.zeros(2, 4, 4, 4), torch.zeros(2, 5))
-    with pytest.raises(RuntimeError, match=r"to have 3 channels"):
-        DisBlock(3, 3)(torch.zeros(2, 4, 4, 4))
+    wrong = torch.zeros(2, 4, 4, 4)
+    with pytest.raises(ValueError, match=r"x must be \(N, 3, H, W\), got \(2, 4, 4, 4\)"):
+        GenBlock(3, 3, 5)(wrong, torch.zeros(2, 5))
+    for call in (DisBlock(3, 3), lambda x: DisBlock(3, 3).changes(x, [x])):
+        with pytest.raises(ValueError, match=r"x must be \(N, 3, H, W\), H and W at least 2, got \(2, 4, 4, 4\)"):
+            call(wrong)
 
 
 # Blocks
@@ -276,6 +281,95 @@ def test_in_a_block_of_steady_weights_they_are_looked_at_once(fails: bool) -> No
         torch.testing.assert_close(block(x, condition), reference.gen_block(block, x, condition))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # PyTorch's own forward mode uses it
+def test_what_a_block_remembers_does_not_meet_transforms_of_it() -> None:
+    """Tensors of ``torch.func`` and of forward-mode derivatives hold no values to compare or to keep."""
+    blocks = [make("gen")[0] for _ in range(3)]
+    _, (x, condition) = make("gen")
+    stacked, buffers = torch.func.stack_module_state([*blocks])
+    x, condition = torch.randn(2, 3, 16, 24), condition[:2]  # large enough for weights to be added up
+
+    def call(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        output: Tensor = torch.func.functional_call(blocks[0], (weights, buffers), (x, condition))
+        return output
+
+    with torch.no_grad():
+        expected = torch.stack([block(x, condition) for block in blocks])
+        torch.testing.assert_close(torch.vmap(call)(stacked, buffers), expected)
+        torch.testing.assert_close(blocks[0](x, condition), expected[0])
+
+        block = blocks[0].double()
+        x, condition = x.double(), condition.double()
+        weight = block.get_parameter("c1.weight")
+        inputs = ({"c1.weight": weight.detach()},), ({"c1.weight": torch.ones_like(weight)},)
+        before, change = torch.func.jvp(lambda new: torch.func.functional_call(block, new, (x, condition)), *inputs)
+        weight += 1e-7
+        torch.testing.assert_close((block(x, condition) - before) / 1e-7, change, rtol=1e-3, atol=1e-3)
+
+
+def test_what_a_block_remembers_does_not_meet_tensors_without_values() -> None:
+    block, (x, condition) = make("gen")
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert block(x, condition).shape == (2, 4, 2 * x.shape[2], 2 * x.shape[3])
+        torch.testing.assert_close(block(x, condition), reference.gen_block(block, x, condition))
+
+
+def test_a_pickled_block_is_as_large_as_its_weights() -> None:
+    block, inputs = make("gen")
+    before = len(pickle.dumps(block))
+    with torch.no_grad():
+        expected = block(*inputs)
+        assert len(pickle.dumps(block)) == before
+        assert torch.equal(pickle.loads(pickle.dumps(block))(*inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["gen", "dis", "cbn"])
+def test_a_layer_with_hooks_or_another_in_its_place_is_called(name: str) -> None:
+    """Adapters, pruning and spectral normalisation by hooks change what a layer does, and not its weight alone."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Conv2d | nn.Linear) -> None:
+            super().__init__()
+            self.base, self.weight, self.bias = base, base.weight, base.bias
+            self.in_features = getattr(base, "in_features", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.base(x)
+
+    layer = {"gen": GenBlock(3, 4, 5), "dis": DisBlock(3, 4, spectral=False), "cbn": ConditionalBatchNorm2d(3, 5)}[name]
+    layer = randomise(layer).eval()
+    inputs = (torch.randn(4, 3, 64, 64), *([] if name == "dis" else [torch.randn(4, 5)]))
+    inner = [(key, part) for key, part in layer.named_modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
+    for key, part in inner:
+        with torch.no_grad():
+            plain = layer(*inputs)
+            calls: list[nn.Module] = []
+            hook = part.register_forward_hook(partial(lambda calls, part, *_: calls.append(part), calls))
+            torch.testing.assert_close(layer(*inputs), plain, rtol=1e-4, atol=1e-4)
+            hook.remove()
+            assert calls == [part], key
+            parent, _, last = key.rpartition(".")
+            setattr(layer.get_submodule(parent), last, Adapted(part))
+            assert not torch.allclose(layer(*inputs), plain, atol=1e-3), key
+            setattr(layer.get_submodule(parent), last, part)
+        normed = torch.nn.utils.spectral_norm(part)
+        layer(*inputs).square().sum().backward()
+        assert normed.get_parameter("weight_orig").grad is not None, key
+        torch.nn.utils.remove_spectral_norm(normed)
+
+
+def test_changes_see_one_step_of_spectral_normalisation() -> None:
+    block = DisBlock(3, 8).train()
+    x, change = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    vectors = [buffer.clone() for buffer in block.buffers()]
+    y, (found,) = block.changes(x, [change])
+    assert any(not torch.equal(a, b) for a, b in zip(vectors, block.buffers(), strict=True))
+    block.eval()  # with the vectors of that step
+    torch.testing.assert_close(y, block(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, block(x + change) - block(x), rtol=1e-4, atol=1e-4)
+
+
 def test_what_a_block_remembers_is_no_part_of_its_state() -> None:
     block, inputs = make("gen")
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
@@ -325,7 +419,7 @@ def test_in_bfloat16_changes_are_rounded_as_changes_are() -> None:
 
 
 def test_a_discriminator_block_too_small_to_halve_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="Output size is too small"):
+    with pytest.raises(ValueError, match=r"H and W at least 2, got \(2, 3, 1, 4\)"):
         DisBlock(3, 4)(torch.randn(2, 3, 1, 4))
 
 

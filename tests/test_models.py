@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import reference
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from reference import randomise
@@ -26,6 +27,7 @@ from condgan.functional import encode_objects, window_corners
 from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.parts import LEAST_LIKELY, ConditionRNN, NoiseMapping, PlaceModel, PreviousImageEncoder
+from condgan.presets import PRESETS
 from condgan.vocab import Vocabulary
 
 GENERATORS = [
@@ -1342,3 +1344,37 @@ def test_a_deep_copy_does_the_same_and_shares_nothing(kind: str) -> None:
     torch.testing.assert_close(twin_output, output, atol=0, rtol=0)
     randomise(twin, seed=1)
     torch.testing.assert_close(model(*arguments), output, atol=0, rtol=0)
+
+
+def test_weights_are_as_other_libraries_expect_them(tmp_path: Path, reference_generator: IterativeGenerator) -> None:
+    safetensors.torch.save_file(reference_generator.state_dict(), tmp_path / "weights.safetensors")
+    assert len(torch.nn.utils.parameters_to_vector(reference_generator.parameters())) > 1e7
+    assert all(weight.is_contiguous() for weight in reference_generator.state_dict().values())
+
+
+@pytest.mark.parametrize("window", [None, 32])
+def test_a_discriminator_in_bfloat16_judges_pictures_in_float32(window: int | None) -> None:
+    config = DiscriminatorConfig(width=8, condition_dim=6, window=window, places=window is not None)
+    fine = randomise(DiffDiscriminator(config)).eval()
+    coarse = copy.deepcopy(fine).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    before, condition = torch.rand(4, 3, 64, 64, generator=generator) * 2 - 1, torch.randn(4, 6, generator=generator)
+    after = (before + 0.05 * torch.randn(before.shape, generator=generator)).clamp(-1, 1)
+    place = None if window is None else torch.full((4, 2), 30.0)
+    with torch.no_grad():
+        expected, found = (network(before, after, condition, place).logits for network in (fine, coarse))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("config", [None, "compact"])
+def test_networks_pass_the_device_meta(config: str | None) -> None:
+    """Shapes and operations can be counted without a value being made."""
+    preset = PRESETS["compact" if config else "reference"]
+    with torch.device("meta"):
+        networks = IterativeGenerator(preset.generator), DiffDiscriminator(preset.discriminator)
+        pictures, place = torch.zeros(2, 3, 64, 64), torch.zeros(2, 2) if config else None
+        condition = torch.zeros(2, preset.generator.condition_dim)
+        drawn = networks[0](torch.zeros(2, preset.generator.z_dim), condition, pictures, place)
+        assert drawn.shape == (2, 3, 64, 64)
+        assert networks[1](pictures, drawn, condition, place).logits.shape == (2,)

@@ -127,6 +127,13 @@ def test_same_arguments_same_result_and_global_random_state_untouched(
     assert (again.rates, again.rate_ci95) == (bright.rates, bright.rate_ci95)
 
 
+def test_the_default_device_makes_no_difference() -> None:
+    real, drawn = noise(96, 0), noise(96, 1, mean=123)
+    expected = trial(real, drawn, seeds=1)
+    with torch.device("meta"):
+        assert trial(real, drawn, seeds=1).rates == expected.rates
+
+
 def test_seeds_differ_and_the_first_do_not_depend_on_how_many_there_are() -> None:
     real, drawn = noise(96, 0), noise(96, 1, mean=123)
     two, three = trial(real, drawn, seeds=2), trial(real, drawn, seeds=3)

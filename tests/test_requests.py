@@ -124,6 +124,14 @@ def test_places_may_be_of_numpy_or_torch(compact: IterativeGenerator) -> None:
         assert torch.equal(result.tensor, wanted.tensor)
 
 
+def test_all_places_may_be_one_array(compact: IterativeGenerator) -> None:
+    asked = [(7.0, 9.0), (30.0, 20.0)]
+    for at in (np.array(asked), torch.tensor(asked)):
+        assert compact.generate(["red cube", "blue sphere"], seed=1, at=at).places == [asked]
+    batch = compact.generate([["red cube", "blue sphere"]] * 2, seed=1, at=[torch.tensor(asked), None])
+    assert batch.places[0] == asked
+
+
 def test_models_without_places_refuse_them(reference: IterativeGenerator) -> None:
     for call in (reference.generate, reference.stream, lambda *a, **k: reference.add(Image.new("L", (8, 8)), *a, **k)):
         with pytest.raises(

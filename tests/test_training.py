@@ -41,6 +41,22 @@ def test_both_networks_know_how_empty_scenes_are_lit(data: Path) -> None:
     assert torch.equal(trainer.ema_generator.light(empty), light(empty)), "what was fitted stays"
 
 
+def test_the_default_device_makes_no_difference(data: Path) -> None:
+    """Of a user whose tensors are made on a GPU unless told otherwise; here, where they would have no values."""
+    expected, trainer, dataset = make_trainer(data), make_trainer(data), SceneDataset(data, "train")
+    with torch.device("meta"):
+        trainer.scenes = TrainingScenes(dataset, trainer.generator, fit_canvas=False)
+    for images in (0, RUN.reconstruction_images):
+        expected.images = trainer.images = images
+        losses = expected.train_step()
+        with torch.device("meta"):
+            assert trainer.train_step() == losses
+    for (name, weight), other in zip(
+        expected.export().state_dict().items(), trainer.export().state_dict().values(), strict=True
+    ):
+        assert torch.equal(weight, other), name
+
+
 def test_the_stages_train_what_they_say(data: Path) -> None:
     trainer = make_trainer(data)
     before = {name: p.clone() for name, p in trainer.discriminator.named_parameters()}
