@@ -259,8 +259,9 @@ class Canvas(nn.Module):
         if not visible.any():
             raise ValueError(
                 "first_images: no empty floor is found, since the pictures differ everywhere by more than light can "
-                "explain (grain, texture or other backgrounds); light_components=0 and light_inputs=0 in the "
-                "generator's config start from one fixed picture"
+                "explain (grain, texture or other backgrounds); to start from one fixed picture, set these fields of "
+                "the run's config: `--set generator.light_components=0 --set generator.light_inputs=0 --set "
+                "discriminator.light_inputs=0`"
             )
         scenes = sum(len(images) for images, _ in estimates)
         often = visible > max(30, scenes / 2)  # elsewhere faint shadows are left too

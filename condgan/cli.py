@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank:
             name = f"{name}, rank {rank}"
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            _show_warnings_of_users()
             warnings.showwarning = lambda message, *_, **__: print(f"{name}: warning: {message}", file=sys.stderr)
             report = args.run(args)
         if rank == 0:
@@ -87,6 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: error: {_explain(error)}", file=sys.stderr)
         return EXIT_FAILED
     return 0
+
+
+def _show_warnings_of_users() -> None:
+    """Each warning once, whatever PYTHONWARNINGS says; those for developers are not shown, as Python has it."""
+    warnings.simplefilter("default")
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
 
 
 def _explain(error: Exception) -> str:
@@ -149,9 +157,15 @@ def _generate_set(args: argparse.Namespace) -> Report:
     whose = f", by process 0 of {count}" if count > 1 else ""
     return Report(
         {**dataclasses.asdict(report), "out": str(report.out)},
-        f"{report.out}: {report.pictures:,} pictures in {report.shards:,} tar files; "
+        f"{report.out}: {_counted(report.pictures, 'picture', 'pictures')} in "
+        f"{_counted(report.shards, 'tar file', 'tar files')}; "
         f"{report.drawn:,} drawn now{whose}, {report.skipped:,} were there",
     )
+
+
+def _counted(number: int, one: str, several: str) -> str:
+    """A number and what it is of."""
+    return f"{number:,} {one if number == 1 else several}"
 
 
 def _rank() -> int:
@@ -223,7 +237,9 @@ def _save(drawing: Drawing, args: argparse.Namespace) -> Report:
         picture["score"] = None if drawing.scores is None else drawing.scores[i]
         picture["passes"] = None if drawing.passes is None else drawing.passes[i]
         picture["verified"] = None
-        score = "" if drawing.scores is None else f", score {drawing.scores[i]:.3f}, {picture['passes']} passes"
+        score = ""
+        if drawing.scores is not None and drawing.passes is not None:
+            score = f", score {drawing.scores[i]:.3f}, {_counted(drawing.passes[i], 'pass', 'passes')}"
         lines.append(f"{file}: {', '.join(drawing.conditions[i])}; seed {drawing.seeds[i]}{score}")
         if verified is not None:
             findings = verified[i].items()
@@ -611,7 +627,7 @@ def _parser() -> argparse.ArgumentParser:
         List the names of the pretrained generators.
 
         First those that came with the installation, which need no network, then those on
-        the hub. Each can be given as MODEL or with --model.
+        the hub (none so far). Each can be given as MODEL or with --model.
         """,
         """
         condgan list
@@ -651,10 +667,10 @@ def _parser() -> argparse.ArgumentParser:
         Train a generator.
 
         RUN gets log.jsonl, checkpoint.safetensors, pictures/ (drawings of the model so far),
-        model/, which every command takes as a model, discriminator/ and, where noise is
-        found, noise-encoder/. After an interruption the same
-        command goes on. The presets:
-          compact         small, knows places; from two hours on a CPU core
+        model/, which every command takes as a model, discriminator/ and, for presets with
+        a noise encoder (compact), noise-encoder/. After an interruption the same command
+        goes on. The presets:
+          compact         small, knows places; two hours or more on one CPU core
           reference       the networks and the numbers of the reference system
           reference-code  likewise, with the losses of its public code
         """,
@@ -787,9 +803,10 @@ def _add_drawing_options(parser: argparse.ArgumentParser, out: str) -> None:
     )
     parser.set_defaults(default_out=out)
     _add_best_of(parser)
-    sheet = parser.add_mutually_exclusive_group()
-    sheet.add_argument("--turns", action="store_true", help="write one sheet with every turn, one row a picture")
-    sheet.add_argument("--grid", action="store_true", help="write one sheet with all pictures")
+    parser.add_argument("--grid", action="store_true", help="write one sheet with all pictures")
+    parser.add_argument(
+        "--turns", action="store_true", help="write one sheet with every turn, one row a picture, with --grid too"
+    )
     parser.add_argument("--verify", action="store_true", help="say which of these objects the verifier finds")
     _add_model(parser, "--model", metavar="NAME")
 

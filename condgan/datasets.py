@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, overload
@@ -118,7 +119,7 @@ def read_objects(path: str | Path) -> Vocabulary:
             f"got {[*content.values()]!r:.120}"
         )
     try:
-        return Vocabulary(sorted(content, key=content.__getitem__))
+        return Vocabulary(content)
     except ValueError as error:
         raise DatasetError(f"{path}: {error}") from error
 
@@ -252,7 +253,7 @@ def _find_packed(path: Path, image_size: int | None) -> Path:
     if others:
         return others[0]
     state = "its preparation is unfinished" if [*path.glob("*.partial.npy")] else "it is not prepared yet"
-    raise DatasetError(f"there is no packed file in {path}, {state}: run `condgan prepare {path}`")
+    raise DatasetError(f"there is no packed file in {path}, {state}: run `condgan prepare {shlex.quote(str(path))}`")
 
 
 class PackedIndex(NamedTuple):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import re
 import reprlib
 import tempfile
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -41,6 +42,10 @@ ADDED_LATER = "added later"
 """Key in the metadata of a config's field that checkpoints of earlier versions do not have."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_NOT_HERE = (
+    "it is not in the cache, nor is there a folder of that name here, and the hub does not answer or offline mode "
+    "is on (local_files_only or HF_HUB_OFFLINE): check the connection and these, or the path."
+)
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -139,8 +144,10 @@ class PretrainedModel(nn.Module):
                 theirs. Integer buffers keep their type.
 
         Raises:
-            CheckpointError: the folder cannot be written, or a weight is too large for ``dtype``.
+            CheckpointError: ``folder`` is empty or cannot be written, or a weight is too large for ``dtype``.
         """
+        if folder == "":  # a path would take it for the folder here
+            raise CheckpointError("cannot save to '': give the name of a folder, or '.' for the one you are in.")
         try:
             folder = Path(folder).expanduser()
         except RuntimeError as error:  # of a user who is not there
@@ -334,7 +341,9 @@ def _download(
 
     folder = Path()
     for filename in (CONFIG_NAME, WEIGHTS_NAME):
-        with _hub_errors(f"download {filename} from", repo_id, revision):
+        if not local_files_only:
+            _check_answer(repo_id, filename, revision, cache_dir, token)
+        with _quiet_hub(), _hub_errors(f"download {filename} from", repo_id, revision):
             path = hf_hub_download(
                 repo_id,
                 filename,
@@ -350,28 +359,56 @@ def _download(
     return folder
 
 
+def _check_answer(
+    repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None
+) -> None:
+    """Ask the hub for a file that is not in the cache, once: a download asks for minutes where nobody answers."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    with _hub_errors(f"download {filename} from", repo_id, revision, otherwise=_NOT_HERE):
+        if try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision) is None:
+            with suppress(errors.HfHubHTTPError, errors.OfflineModeIsEnabled):  # the download tells them
+                get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision), token=token)
+
+
 @contextmanager
-def _hub_errors(action: str, repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn whatever ``huggingface_hub`` raises into a :class:`CheckpointError` that says what to do."""
+def _quiet_hub() -> Iterator[None]:
+    """Let ``huggingface_hub`` log errors only: what it warns of, such as that it tries again, our own error says."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _hub_errors(
+    action: str,
+    repo_id: str,
+    revision: str | None,
+    otherwise: str = "check the connection and the free disk space, then try again.",
+) -> Iterator[None]:
+    """Turn whatever ``huggingface_hub`` raises into a :class:`CheckpointError` that says what to do.
+
+    ``otherwise`` is said of what is neither an answer of the hub nor one of its own errors.
+    """
     from huggingface_hub import errors
 
     login = "pass token= or run `hf auth login`"
     absent = f"there is no such repository on the hub, nor a folder of that name here: check it; if private, {login}."
-    uncached = (
-        "it is not in the cache, nor is there a folder of that name here, and the hub does not answer or offline mode "
-        "is on (local_files_only or HF_HUB_OFFLINE): check the connection and these, or the path."
-    )
     advice: tuple[tuple[type[Exception], str], ...] = (  # the first that fits: subclasses come before their bases
         (errors.GatedRepoError, f"it is gated: ask for access on its page, then {login}."),
         (errors.RepositoryNotFoundError, absent),
         (errors.RevisionNotFoundError, f"it has no revision {revision!r}: check the branch, tag or commit."),
-        (errors.LocalEntryNotFoundError, uncached),
+        (errors.LocalEntryNotFoundError, _NOT_HERE),
         (errors.EntryNotFoundError, f"it has no such file. A checkpoint is {CONFIG_NAME} with {WEIGHTS_NAME}."),
         (errors.OfflineModeIsEnabled, "offline mode is on: unset HF_HUB_OFFLINE."),
         (errors.HFValidationError, "a hub id looks like 'org/repo'."),
         (errors.LocalTokenNotFoundError, f"no token is stored: {login}."),
         (errors.HfHubHTTPError, f"the hub refused. If it is about permission, {login}."),
-        (Exception, "check the connection and the free disk space, then try again."),
+        (Exception, otherwise),
     )
     try:
         yield

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from condgan.batches import TrainingScenes, own_parts
 from condgan.classifier import SceneClassifier
 from condgan.datasets import SceneDataset
+from condgan.devices import cpu_by_default
 from condgan.drawing import draw_turns
 from condgan.files import locked, replacing
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
@@ -39,6 +41,7 @@ LOG_INTERVAL = 20
 """Steps between two lines of the log, at most: a checkpoint and the end of a run bring a line of their own."""
 
 
+@cpu_by_default()
 def train(
     data: str | Path | SceneDataset,
     out: str | Path,
@@ -53,8 +56,9 @@ def train(
 
     The folder ``out`` gets ``log.jsonl``, ``checkpoint.safetensors`` (from which a run goes on to the very same numbers
     on the CPU), ``model/`` and ``discriminator/`` (the averaged generator and its opponent, for ``from_pretrained``),
-    ``noise-encoder/`` where noise is found, and ``pictures/`` (drawings), all but the log anew with every checkpoint;
-    and ``tensorboard/`` if it is installed. ``.lock`` keeps other runs out while this one lasts.
+    ``noise-encoder/`` where the configuration has a noise encoder (``compact``), and ``pictures/`` (drawings), all but
+    the log anew with every checkpoint; and ``tensorboard/`` if it is installed. ``.lock`` keeps other runs out while
+    this one lasts.
 
     In the processes that ``torchrun`` starts, or in those of a process group of ``torch.distributed``, all train one
     model: each takes its part of every step's scenes, and all together do, up to rounding, what one process would. Only
@@ -64,7 +68,8 @@ def train(
         data: packed file of ``condgan prepare``, or the folder that holds it; its train split is used. Or a data set of
             just the scenes to train on; resuming needs the same one.
         out: folder of the run.
-        config: what to train; :data:`condgan.presets.PRESETS` holds some.
+        config: what to train; :data:`condgan.presets.PRESETS` holds some. A run from nothing on S scenes takes at most
+            S - 1 of its ``light_components`` and ``light_inputs``, and warns where that is fewer.
         device: such as ``cuda``; None takes a GPU if there is one. Of several processes each takes a GPU of its own.
         accumulate: parts of a process's scenes that pass the networks one after the other, which takes less memory.
             Gradients are those of all parts, batch norm is over one part at a time.
@@ -103,6 +108,7 @@ def train(
             with joined(device) as ranks:
                 if ranks.leads:
                     _own_folder(out, held)
+                config = _with_light_of(dataset, config, told=ranks.leads)
                 trainer = _ready_trainer(dataset, checkpoint, config, ranks, accumulate, progress and ranks.leads)
                 _run(trainer, out, _scenes_digest(dataset), checkpoint_seconds, progress)
             if not ranks.leads:
@@ -270,11 +276,6 @@ def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:
             f"data: pictures are {dataset.pixels.shape[-1]} pixels wide, the configuration asks for {size}; "
             f"run `condgan prepare DATA_DIR --image-size {size}`"
         )
-    if len(dataset) <= config.generator.light_components and config.init_generator is None:
-        raise ValueError(
-            f"data: the train split has {len(dataset)} scenes, from which generator.light_components="
-            f"{config.generator.light_components} ways of lighting cannot be learned: prepare more, or lower it"
-        )
     if dataset.vocabulary.names != objects:
         raise ValueError(f"data: its objects are {dataset.vocabulary.names}, the configuration names {objects}")
     turns = dataset.objects.shape[1]
@@ -283,6 +284,29 @@ def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:
             f"data: its scenes have {turns} turns, generator.num_turns is {config.generator.num_turns}: "
             f"set generator.num_turns={turns}, which the trained model will say of itself"
         )
+
+
+def _with_light_of(dataset: SceneDataset, config: TrainConfig, told: bool) -> TrainConfig:
+    """The config with no more light than a fresh canvas can learn from these scenes; ``told``: warn if it has less.
+
+    S scenes differ in S - 1 directions. When the run goes on, its config becomes the same again.
+    """
+    most, asked = len(dataset) - 1, config.generator
+    if asked.light_components <= most or config.init_generator is not None:
+        return config
+    inputs = min(asked.light_inputs, most)
+    if told:
+        warnings.warn(
+            f"data: generator.light_components={asked.light_components} ways of lighting cannot be learned from so few "
+            f"scenes, {len(dataset)} in the train split: this run has light_components={most} and "
+            f"light_inputs={inputs}, which the trained model will say of itself; prepare more scenes for more",
+            stacklevel=4,
+        )
+    return dataclasses.replace(
+        config,
+        generator=dataclasses.replace(asked, light_components=most, light_inputs=inputs),
+        discriminator=dataclasses.replace(config.discriminator, light_inputs=inputs),
+    )
 
 
 def _scenes_digest(dataset: SceneDataset) -> str:
@@ -378,12 +402,12 @@ def _read_checkpoint(path: Path, config: TrainConfig, scenes: str) -> StoredRun:
     if metadata is None or not {"config", "counters"} <= metadata.keys():
         raise ValueError(f"{str(path)!r} does not say of which run it is: delete it to start the run again")
     stored, counters = json.loads(metadata["config"]), json.loads(metadata["counters"])
-    _check_same_run(stored, config, path)
     if metadata.get("scenes", scenes) != scenes:  # a checkpoint of an older condgan does not say
         raise ValueError(
             f"data: the run in {str(path.parent)!r} was trained on other scenes than these: choose another folder "
             "(--out), or give the same data"
         )
+    _check_same_run(stored, config, path)  # after the scenes, since few of them lower its light
     if config.images < min(stored["images"], counters["images"]):
         raise ValueError(
             f"{str(path)!r} has seen {counters['images']:,} pictures, more than images={config.images:,}: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -18,21 +18,23 @@ class Vocabulary:
     """The objects that a model knows, in the order of their ids.
 
     Args:
-        names: in lower case with single spaces, "gray" for "grey", each once; the place in the sequence is the id.
+        names: in lower case with single spaces, "gray" for "grey", each once; the place in the sequence is the id. Or a
+            dict from name to id, as an ``objects.json`` holds, whose order does not matter.
 
     Raises:
-        TypeError: ``names`` is not a sequence of strings.
-        ValueError: ``names`` is empty, repeats a name, or has one that is spelled in another way.
+        TypeError: ``names`` is not a sequence of strings; a set has no order.
+        ValueError: ``names`` is empty, repeats a name, or has one that is spelled in another way, or its K ids are not
+            0 ... K-1.
 
     Example:
         >>> Vocabulary().parse("Grey  CUBE")
         0
     """
 
-    def __init__(self, names: Sequence[str] = ICLEVR_OBJECTS) -> None:
-        if isinstance(names, str) or not isinstance(names, Iterable):
+    def __init__(self, names: Sequence[str] | Mapping[str, int] = ICLEVR_OBJECTS) -> None:
+        if isinstance(names, (str, Set)) or not isinstance(names, Iterable):
             raise TypeError(f"names must be a sequence of strings, got {names!r}")
-        self.names = tuple(names)
+        self.names = _by_id(names) if isinstance(names, Mapping) else tuple(names)
         if not all(isinstance(name, str) for name in self.names):
             raise TypeError(f"names must be a sequence of strings, got {names!r}")
         self._ids = {name: index for index, name in enumerate(self.names)}
@@ -106,6 +108,15 @@ class Vocabulary:
         if objects.shape != (len(self),):
             raise ValueError(f"objects must be ({len(self)},), got {tuple(objects.shape)}")
         return [name for name, value in zip(self.names, objects.tolist(), strict=True) if value > 0.5]
+
+
+def _by_id(ids: Mapping[str, int]) -> tuple[str, ...]:
+    """The names of a dict from name to id, in the order of their ids."""
+    if any(type(index) is not int for index in ids.values()) or sorted(ids.values()) != [*range(len(ids))]:
+        raise ValueError(
+            f"names: the ids of {len(ids)} objects must be 0 to {len(ids) - 1}, each once, got {dict(ids)!r}"
+        )
+    return tuple(sorted(ids, key=ids.__getitem__))
 
 
 def _canonical(name: str) -> str:

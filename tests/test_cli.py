@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,6 @@ def test_version(run: Run) -> None:
         ("generate --from list.jsonl --out set --redraw picture", "--redraw: needs --best-of"),
         ("generate 'red cube' --at left", "--at: 'left' is neither X,Y in pixels, such as 45,30, nor none"),
         ("generate 'red cube' --at 1,2,3", "--at: '1,2,3' is neither"),
-        ("generate 'red cube' --grid --turns", "not allowed with argument"),
         ("generate 'red cube' --from list.jsonl --out set", "--from: the list says what to draw"),
         ("generate --from list.jsonl --out set --at none", "--at: not allowed with argument --from"),
         ("generate 'red cube' --batch-size 0", "--batch-size: '0' is not a whole number of at least 1"),
@@ -425,16 +425,18 @@ def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(
     assert re.search("cannot write '|path must end like a picture file", outcome.err)
 
 
-@pytest.mark.parametrize(("option", "columns", "rows"), [("--turns", 3, 3), ("--grid", 2, 2)])
-def test_sheets(option: str, columns: int, rows: int, run: Run, tmp_path: Path) -> None:
-    outcome = run("generate", *SCENE, "--num", 3, "--seed", 7, option, "--out", "sheet.png")
+@pytest.mark.parametrize(
+    ("options", "columns", "rows"), [(["--turns"], 3, 3), (["--grid"], 2, 2), (["--turns", "--grid"], 3, 3)]
+)
+def test_sheets(options: list[str], columns: int, rows: int, run: Run, tmp_path: Path) -> None:
+    outcome = run("generate", *SCENE, "--num", 3, "--seed", 7, *options, "--out", "sheet.png")
     assert outcome.out == "".join(f"sheet.png: red cube, blue sphere; seed {seed}\n" for seed in (7, 8, 9))
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
     expected = IterativeGenerator.from_pretrained().generate(SCENE, num_images=3, seed=7)
     with Image.open("sheet.png") as sheet:
         assert sheet.size == (columns * 66 - 2, rows * 66 - 2)
         assert [picture["seed"] for picture in json.loads(sheet.info["condgan"])["pictures"]] == [7, 8, 9]
-        assert sheet.tobytes() == expected.grid(turns=option == "--turns").tobytes()
+        assert sheet.tobytes() == expected.grid(turns="--turns" in options).tobytes()
 
 
 def test_places(run: Run) -> None:
@@ -492,12 +494,22 @@ def test_verify_tells_what_was_found(run: Run, monkeypatch: pytest.MonkeyPatch) 
     }
 
 
-@pytest.mark.filterwarnings("default:5 objects")
-def test_more_objects_than_in_training_is_a_warning(run: Run) -> None:
+@pytest.mark.parametrize("action", ["error", "ignore"])  # of PYTHONWARNINGS
+def test_more_objects_than_in_training_is_a_warning(action: Any, run: Run) -> None:
+    warnings.simplefilter(action)
     outcome = run("generate", *["red cube", "blue sphere", "gray cube", "cyan cube", "green sphere"], "--json")
     assert outcome.json["files"] == ["scene.png"]
     assert re.fullmatch(r"condgan generate: warning: 5 objects are asked, [^\n]+ at most 3: [^\n]+\n", outcome.err)
     assert Path("scene.png").is_file()
+
+
+def test_warnings_for_developers_are_not_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deprecated(*_: object) -> list[str]:
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+        return []
+
+    monkeypatch.setattr(hub, "list_pretrained", deprecated)
+    assert (run("list").status, run("list").err) == (0, "")
 
 
 def test_add_draws_on_a_picture(run: Run, iclevr: Path) -> None:
@@ -790,12 +802,13 @@ def test_a_run_can_take_its_scenes_in_parts(run: Run, asked: list[tuple[Any, ...
 
 
 def test_train_and_draw(run: Run, packed: Path) -> None:
-    small = "generator.width=1 generator.z_dim=2 generator.condition_dim=4 generator.light_components=1 bf16=false "
+    small = "generator.width=1 generator.z_dim=2 generator.condition_dim=4 bf16=false "
     small += "discriminator.width=1 discriminator.condition_dim=4 reconstruction_images=6"
     fields = [argument for field in small.split() for argument in ("--set", field)]
     argv = ("train", "--data", packed, "--out", "run", "--batch-scenes", 2, *fields)
     outcome = run(*argv, "--images", 12)
     assert outcome.status == 0, outcome.err
+    assert re.fullmatch(r"condgan train: warning: data: generator\.light_components=64 ways[^\n]+\n", outcome.err)
     (command,) = re.findall(r"^  condgan (.+)$", outcome.out, flags=re.MULTILINE)
     assert run(*shlex.split(command)).status == 0  # what it tells to do works
     assert Path("scene.png").is_file()

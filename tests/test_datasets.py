@@ -284,6 +284,9 @@ def test_folder_that_is_not_prepared_says_how(tmp_path: Path) -> None:
     (folder / "condgan-64.partial.npy").touch()
     with pytest.raises(DatasetError, match=rf"unfinished: run `condgan prepare {folder}`"):
         SceneDataset(folder)
+    spaced = folder.rename(tmp_path / "my data")
+    with pytest.raises(DatasetError, match=rf"run `condgan prepare '{spaced}'`$"):
+        SceneDataset(spaced)
 
 
 def truncate(path: Path) -> None:

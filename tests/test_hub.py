@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import stat
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import pytest
 import safetensors.torch
 import torch
-from hub_server import OWNER, HubServer
+from hub_server import OWNER, HubServer, _Handler
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -349,6 +350,17 @@ def test_names_that_cannot_be_looked_for_are_refused_like_others(name: str) -> N
         Toy.from_pretrained(name)
 
 
+def test_a_model_is_not_saved_to_a_folder_without_a_name(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot save to '': give the name of a folder, or '\.' for the one you"):
+        toy.save_pretrained("")
+    assert [*tmp_path.iterdir()] == []
+    toy.save_pretrained(".")
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
 def test_a_folder_of_a_user_who_is_not_there_is_refused(toy: Toy) -> None:
     with pytest.raises(CheckpointError, match=r"cannot save to ~nosuch/x: .* Give a folder that you may write to"):
         toy.save_pretrained("~nosuch/x")
@@ -446,7 +458,11 @@ def test_the_first_load_downloads_and_the_second_does_not(hub: HubServer, commit
     assert {request.method for request in hub.requests[seen:]} == {"HEAD"}
 
 
-def test_what_was_loaded_once_loads_offline(hub: HubServer, commit: str, toy: Toy, tmp_path: Path) -> None:
+def test_what_was_loaded_once_loads_offline(
+    hub: HubServer, commit: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
     Toy.from_pretrained("org/toy", cache_dir=tmp_path / "mine")
     seen = len(hub.requests)
     assert_same(Toy.from_pretrained("org/toy", cache_dir=tmp_path / "mine", local_files_only=True), toy)
@@ -454,6 +470,8 @@ def test_what_was_loaded_once_loads_offline(hub: HubServer, commit: str, toy: To
     refused("org/toy", "config.json", "not in the cache", "local_files_only", local_files_only=True)
     hub.stop()
     assert_same(Toy.from_pretrained("org/toy", cache_dir=tmp_path / "mine"), toy)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused("org/toy", "not in the cache", "HF_HUB_OFFLINE")
 
 
 def test_both_files_come_from_one_commit(
@@ -497,11 +515,48 @@ def test_what_is_missing_on_the_hub_is_named(hub: HubServer, commit: str, folder
     refused("org/toy", "'org/toy'", "gated", "ask for access")
 
 
-def test_a_hub_that_is_down_is_told(hub: HubServer, commit: str, toy: Toy) -> None:
+@pytest.fixture
+def hub_warnings() -> Iterator[list[str]]:
+    """What ``huggingface_hub`` logs at its usual level, of warnings; afterwards it has to be at that level still."""
+    said: list[str] = []
+    logger, handler = logging.getLogger("huggingface_hub"), logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)
+    assert logger.level == logging.WARNING
+    logger.setLevel(before)
+
+
+def test_a_hub_that_is_down_is_told_at_once(
+    hub: HubServer, commit: str, toy: Toy, hub_warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.stop()
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
     refused("org/toy", "'org/toy'", "nor is there a folder of that name", "hub does not answer", "check the connection")
+    assert (waits, hub_warnings) == ([], [])
     with pytest.raises(CheckpointError, match=r"cannot upload to 'org/toy': check the connection"):
         toy.push_to_hub("org/toy", token="hf_secret")
+
+
+def test_a_hub_that_is_overloaded_is_asked_again_without_a_word(
+    hub: HubServer, commit: str, toy: Toy, hub_warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    respond, left = _Handler._respond, 4
+
+    def overloaded(handler: _Handler, *args: Any, **options: Any) -> None:
+        nonlocal left
+        left -= 1
+        return respond(handler, 503) if left >= 0 else respond(handler, *args, **options)
+
+    monkeypatch.setattr(_Handler, "_respond", overloaded)
+    assert_same(Toy.from_pretrained("org/toy"), toy)
+    left = 1000
+    refused("org/other", "'org/other'", "nor is there a folder of that name", "hub does not answer")
+    assert hub_warnings == []
 
 
 @pytest.mark.parametrize("cut", ["shorter", "dropped"])

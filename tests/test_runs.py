@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,8 +25,9 @@ from safetensors.torch import load_file, save_file
 from scenes import write_iclevr_layout
 from tiny import RUN
 
-from condgan import IterativeGenerator, runs, training
+from condgan import DiffDiscriminator, IterativeGenerator, runs, training
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
+from condgan.cli import _with_fields
 from condgan.datasets import SceneDataset, packed_path
 from condgan.models import NoiseEncoder
 from condgan.prepare import prepare
@@ -490,11 +492,62 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_too_few_scenes_for_the_light_are_told_before_anything_is_made(data: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(RUN, generator=dataclasses.replace(RUN.generator, light_components=24))
-    with pytest.raises(ValueError, match=r"data: the train split has \d\d scenes, .*light_components=24 ways"):
-        train(data, tmp_path / "run", config, device="cpu", progress=False)
-    assert not (tmp_path / "run").exists()
+def first_scenes(data: Path, count: int) -> SceneDataset:
+    scenes = copy.copy(SceneDataset(data, "train"))
+    scenes.names, scenes.objects, scenes.pixels = scenes.names[:count], scenes.objects[:count], scenes.pixels[:count]
+    return scenes
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.usefixtures("no_recalibration")
+def test_few_scenes_lower_the_light_of_a_run_from_nothing(count: int, data: Path, tmp_path: Path) -> None:
+    few, most = first_scenes(data, count), count - 1
+    lower = rf"=5 ways .* so few scenes, {count} in .* light_components={most} and light_inputs={most}, which"
+    config = dataclasses.replace(
+        RUN,
+        images=9,
+        generator=dataclasses.replace(RUN.generator, light_components=5, light_inputs=4),
+        discriminator=dataclasses.replace(RUN.discriminator, light_inputs=4),
+    )
+    with pytest.warns(UserWarning, match=lower) as told:
+        trained = train(few, tmp_path, config, device="cpu", progress=False)
+    assert [warning.filename for warning in told] == [__file__]
+    assert all(weight.isfinite().all() for weight in trained.state_dict().values())
+    saved = IterativeGenerator.from_pretrained(tmp_path / "model").config
+    assert saved == trained.config == dataclasses.replace(config.generator, light_components=most, light_inputs=most)
+    assert DiffDiscriminator.from_pretrained(tmp_path / "discriminator").config.light_inputs == most
+    with pytest.warns(UserWarning, match=lower):
+        train(few, tmp_path, dataclasses.replace(config, images=18), device="cpu", progress=False)  # goes on
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["counters"])["images"] == 18
+    assert json.loads(metadata["config"])["generator"]["light_components"] == most
+    with pytest.raises(ValueError, match="trained on other scenes than these"):  # which have more light
+        train(data, tmp_path, config, device="cpu", progress=False)
+
+
+def test_light_is_lowered_only_where_it_has_to_be_learned_and_cannot_be(data: Path) -> None:
+    config = dataclasses.replace(RUN, generator=dataclasses.replace(RUN.generator, light_components=5))
+    few, trained = first_scenes(data, 5), dataclasses.replace(config, init_generator="iclevr-64")
+    assert runs._with_light_of(first_scenes(data, 6), config, told=True) is config
+    assert runs._with_light_of(few, trained, told=True) is trained
+    with pytest.warns(UserWarning, match="light_components=4 and light_inputs=2"):
+        lowered = runs._with_light_of(few, config, told=True)
+    assert runs._with_light_of(few, config, told=False) == lowered
+
+
+@pytest.mark.usefixtures("no_recalibration")
+def test_pictures_without_a_floor_train_with_what_the_error_says(data: Path, tmp_path: Path) -> None:
+    noise = copy.copy(SceneDataset(data, "train"))
+    rng = torch.Generator().manual_seed(0)
+    noise.pixels = torch.randint(256, noise.pixels.shape, dtype=torch.uint8, generator=rng)
+    short = dataclasses.replace(RUN, images=9)
+    with pytest.raises(ValueError, match="no empty floor") as caught:
+        train(noise, tmp_path, short, device="cpu", progress=False)
+    settings = re.findall(r"--set ([^ `]+)", str(caught.value))
+    assert _with_fields(PRESETS["compact"], settings).generator.light_inputs == 0, "they fit the default preset too"
+    train(noise, tmp_path, _with_fields(short, settings), device="cpu", progress=False)
+    assert IterativeGenerator.from_pretrained(tmp_path / "model").config.light_components == 0
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(

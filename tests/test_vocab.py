@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from condgan.functional import encode_objects
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
 
 
@@ -84,6 +85,18 @@ def test_names_may_come_one_by_one() -> None:
     assert Vocabulary(name for name in ("red ball", "gray box")).names == ("red ball", "gray box")  # type: ignore[arg-type]
 
 
+def test_a_dict_says_the_ids_whatever_its_order() -> None:
+    assert Vocabulary({"red ball": 1, "gray box": 0}).names == ("gray box", "red ball")
+    assert encode_objects(["red ball"], {"red ball": 1, "gray box": 0}).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("ids", [{"a": 1, "b": 2}, {"a": 0, "b": 0}, {"a": 0, "b": True}, {"a": 0, "b": None}])
+def test_ids_are_0_to_one_less_than_there_are_names(ids: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"names: the ids of 2 objects must be 0 to 1, each once, got \{") as caught:
+        Vocabulary(ids)
+    assert repr(ids) in str(caught.value)
+
+
 @pytest.mark.parametrize("names", [[], ["a", "b", "a"], [""]])
 def test_names_are_there_and_told_apart(names: list[str]) -> None:
     with pytest.raises(ValueError, match="non-empty and unique") as caught:
@@ -91,7 +104,7 @@ def test_names_are_there_and_told_apart(names: list[str]) -> None:
     assert repr(names) in str(caught.value)
 
 
-@pytest.mark.parametrize("names", ["red cube", ["red cube", 3], None, 3])
+@pytest.mark.parametrize("names", ["red cube", ["red cube", 3], None, 3, {"a", "b"}, frozenset("ab"), {3: 0}])
 def test_names_are_a_sequence_of_strings(names: object) -> None:
     with pytest.raises(TypeError, match="names must be a sequence of strings"):
         Vocabulary(names)  # type: ignore[arg-type]
