@@ -1,8 +1,9 @@
 """Score a generator: draw every list of a file many times and measure the pictures as users would get them.
 
-Two networks look at the pictures, which are for evaluation only: no model is trained against them, and no checkpoint or
-picture is chosen by them. The *judge* says whether the asked objects are there; the *counter* says how many there are
-of any kind. The *verifier*, which the library itself uses to choose among draws, has a part only with ``best_of``.
+Two networks look at the pictures, which are for evaluation only: no model is trained against them, no picture is
+chosen by them, and but for once (J, an ancestor of ``iclevr-64``, docs/experiments.md) no checkpoint. The *judge* says
+whether the asked objects are there; the *counter* says how many there are of any kind. The *verifier*, which the
+library itself uses to choose among draws, has a part only with ``best_of``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from condgan.classifier import SceneClassifier
 from condgan.counter import ObjectCounter
 from condgan.datasets import read_conditions
+from condgan.devices import cpu_by_default
 from condgan.drawing import Redraw, SceneModel, parse_best_of
 from condgan.features import copy_distances, fit_scale, picture_features
 from condgan.functional import encode_objects
@@ -53,6 +55,7 @@ ONE = Score(1.0, None, 0)
 """What a ratio to real pictures is of real pictures."""
 
 
+@cpu_by_default()
 def evaluate(
     generator: SceneModel,
     conditions: Sequence[Sequence[str]] | str | Path,
@@ -86,7 +89,8 @@ def evaluate(
             training the generator or in choosing it; the bundled one had none.
         counter: counts objects, or the name or folder of one; the same holds for it.
         data: packed file of ``condgan prepare`` with real scenes, or the folder with it: its test split is held
-            against the drawn pictures, its validation split gives the floors. None leaves what needs them None.
+            against the drawn pictures, its validation split, if any, gives the floors. None leaves out what needs
+            them.
         best_of: candidates of each picture, of which the verifier keeps one; 1 takes every picture as it is drawn.
         redraw: with ``best_of``, whether whole pictures are drawn again or single turns.
         seed: of the first picture.
@@ -140,19 +144,20 @@ def evaluate(
             places = [[(x, y) for x, y in scene] for scene in real.places.tolist()]
             at_test, _ = drawer.draw(real.lists, range(first, first + len(real.lists)), places)
         first += len(real.lists)
-        for_validation, _ = drawer.draw(real.validation_lists, range(first, first + len(real.validation_lists)))
+        if real.validation is not None:
+            for_validation, _ = drawer.draw(real.validation_lists, range(first, first + len(real.validation_lists)))
 
     measures = _measure_rightness(observer, drawn, len(lists), real)
     measures |= _measure_surroundings(drawn, len(lists), real)
     measures |= _measure_diversity(drawn, len(lists), real)
     layout = {}
-    if real is not None and for_test is not None and for_validation is not None:
+    if real is not None and at_test is not None:
+        measures |= _measure_places(as_real(at_test, generator), real)
+    if real is not None and real.validation is not None and for_test is not None and for_validation is not None:
         alike = (as_real(for_test, generator), real.test, real.validation)
         layouts = [scene_layout(scenes, observer.vocabulary) for scenes in alike]
         layout = compare_layouts(*layouts, rng_seed=0)
-        measures |= _measure_looks(for_validation, for_test, real)
-        if at_test is not None:
-            measures |= _measure_places(as_real(at_test, generator), real)
+        measures |= _measure_looks(for_validation, for_test, real, real.validation)
 
     return EvaluationReport(
         model=model_name or type(generator).__name__,
@@ -276,6 +281,8 @@ def _measure_rightness(
             x.unflatten(0, (num_lists, -1))[other].flatten(0, 1) for x in (asked, num_objects)
         )
         shuffled = rightness(logits[:, -1], of_others, counts, num_of_others, num_lists)
+        if (num_objects == num_objects[0]).all():  # nor another number of objects
+            del shuffled["count_accuracy"]
     empty = _blank(drawn)
     empty_logits = observer.logits(empty.final)
     blank = rightness(
@@ -299,14 +306,16 @@ def _measure_surroundings(drawn: Scenes, num_lists: int, real: RealScenes | None
 def _measure_diversity(drawn: Scenes, num_lists: int, real: RealScenes | None) -> dict[str, Measure]:
     objects = drawn.asked[:, -1].unflatten(0, (num_lists, -1))[:, 0]  # (L, K)
     of_drawn, of_empty = (
-        diversity(pictures.unflatten(0, (num_lists, -1)), objects, None if real is None else real.test)
+        diversity(pictures.unflatten(0, (num_lists, -1)), objects, () if real is None else real.turns)
         for pictures in (drawn.final, drawn.pictures[:, 0])
     )
     of_real = {"diversity": of_drawn.pop("diversity_real", NOTHING), "diversity_ratio": ONE}
     return _measures(of_drawn, of_real, {}, of_empty)
 
 
-def _measure_looks(for_validation: Scenes, for_test: Scenes, real: RealScenes) -> dict[str, Measure]:
+def _measure_looks(
+    for_validation: Scenes, for_test: Scenes, real: RealScenes, real_validation: Scenes
+) -> dict[str, Measure]:
     """How far drawn pictures are from real ones, and whether they are copies of training pictures.
 
     Look is that of scenes drawn for the lists of the validation scenes, which set the floor; copies are looked for in
@@ -319,7 +328,7 @@ def _measure_looks(for_validation: Scenes, for_test: Scenes, real: RealScenes) -
     pictures = {
         "drawn": for_validation.pictures[:count, 1:],
         "test": real.test.pictures[:count, 1:],
-        "validation": real.validation.pictures[:count, 1:],
+        "validation": real_validation.pictures[:count, 1:],
         "blank": for_validation.pictures[:count, :1].expand(-1, turns, -1, -1, -1),
     }
     scale = fit_scale(picture_features(real.training[:SCALE_SCENES].flatten(0, 1)))
@@ -331,7 +340,7 @@ def _measure_looks(for_validation: Scenes, for_test: Scenes, real: RealScenes) -
         looks(features[name], features["test"], intervals=name == "drawn") for name in ("drawn", "validation", "blank")
     )
     drawn, test, validation = (
-        copy_distances(x.final[:count], real.training[:, -1]) for x in (for_test, real.test, real.validation)
+        copy_distances(x.final[:count], real.training[:, -1]) for x in (for_test, real.test, real_validation)
     )
     of_drawn |= memorisation(drawn, test)
     of_real |= memorisation(validation, test)

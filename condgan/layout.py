@@ -337,7 +337,8 @@ def compare_layouts(drawn: Layout, real: Layout, other_real: Layout, *, rng_seed
     are compared by :func:`energy_test`, rotations too, as points on a circle; all else by :func:`ks_test`. A drawn
     scene has the objects of its real one, so the tests are paired.
 
-    With many scenes any difference becomes significant, so read ``distance`` against ``floor`` first.
+    With many scenes any difference becomes significant, so look at ``distance`` too. ``floor`` is a little high beside
+    it, as other real scenes have other objects.
 
     Args:
         drawn: of drawn scenes, each of the same objects in the same order as the real scene of its number.

@@ -125,9 +125,11 @@ def rightness(
         counts: (N,) objects found in each picture, whatever they are.
         num_objects: (N,) objects asked, an object of which two were asked counted twice.
         groups: as in :func:`ratio`.
-        importance: (N,) how often each picture counts; None is once.
+        importance: (N,) how often each picture counts, as :func:`importance_like` says; None is once.
     """
     wanted, seen = asked > 0.5, logits.sigmoid() > 0.5
+    if importance is not None:  # to count as much as they say: of Kish 1965, Survey Sampling, section 11.7
+        importance = importance * (importance.sum() / importance.square().sum())
     num_asked, num_seen, num_both = wanted.sum(1), seen.sum(1), (wanted & seen).sum(1)
     one_each = torch.ones(len(asked))
 
@@ -220,32 +222,32 @@ def scene_layout(scenes: Scenes, vocabulary: Vocabulary) -> Layout:
     return measure_layout(from_uint8(scenes.pictures), scenes.present.sum(1), cubes)
 
 
-def diversity(final: Tensor, objects: Tensor, real: Scenes | None) -> dict[str, Score]:
-    """How far the draws of one list are apart, and real pictures of one set of objects.
+def diversity(final: Tensor, objects: Tensor, real: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Score]:
+    """How far the draws of one list are apart, and real pictures of one list.
 
     Args:
         final: (L, D, 3, H, W) uint8, D draws of L lists; one draw has no diversity.
         objects: (L, K) multi-hot.
-        real: scenes that may hold equal sets; None leaves ``diversity_real`` and ``diversity_ratio`` out.
+        real: real scenes that may hold equal lists, in parts: the pictures after each turn, (R, T, 3, H, W) uint8, and
+            what it added, (R, T, K) 0 or 1; empty leaves ``diversity_real`` and ``diversity_ratio`` out.
 
     Returns:
         ``diversity`` in grey levels; ``diversity_real``, over the lists of sizes of which real pairs exist, its
-        interval over sets of objects; and ``diversity_ratio``, drawn by real over these lists.
+        interval over lists of real scenes; and ``diversity_ratio``, drawn by real over these lists.
     """
     if final.shape[1] < 2:
         return {}
     drawn = torch.tensor([metrics.diversity(from_uint8(pictures)) for pictures in final])
     pairs = final.shape[1] * (final.shape[1] - 1) // 2
     scores = {"diversity": ratio(drawn, torch.ones(len(drawn)), len(drawn), samples=len(drawn) * pairs)}
-    if real is not None:
-        sizes, of_sets = objects.sum(1).long(), _diversity_of_sets(real)
-        comparable = torch.tensor([int(size) in of_sets for size in sizes])
-        if comparable.any():
-            aims, mean = _aims(sizes[comparable], of_sets)
-            scores["diversity_real"] = mean
-            if mean.value:
-                paired = ratio(drawn[comparable], aims, len(aims), samples=len(aims) * pairs)
-                scores["diversity_ratio"] = quotient(paired, _divided(mean, mean.value))
+    sizes, of_lists = objects.sum(1).long(), _diversity_of_lists(real)
+    comparable = torch.tensor([int(size) in of_lists for size in sizes])
+    if comparable.any():
+        aims, mean = _aims(sizes[comparable], of_lists)
+        scores["diversity_real"] = mean
+        if mean.value:
+            paired = ratio(drawn[comparable], aims, len(aims), samples=len(aims) * pairs)
+            scores["diversity_ratio"] = quotient(paired, _divided(mean, mean.value))
     return scores
 
 
@@ -257,34 +259,36 @@ def _divided(score: Score, divisor: float) -> Score:
     return Score(score.value / divisor, (low / divisor, high / divisor), score.samples)
 
 
-def _diversity_of_sets(real: Scenes) -> dict[int, Tensor]:
-    """For each size of sets of objects (G, 2) float64: sum of distances of the pairs of each set, and their number.
+def _diversity_of_lists(real: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+    """For each number of objects (G, 2) float64: sum of distances of the pairs of each group, and their number.
 
-    Pairs are of real pictures that hold the same set; sets without pairs are left out.
+    Pairs are of real pictures that hold the same objects and began with the same one: that stands in the middle, and
+    where another does, pictures are farther apart than draws of one list can be.
     """
-    groups: dict[tuple[float, ...], list[Tensor]] = {}
-    pictures, asked = real.pictures[:, 1:].flatten(0, 1), real.asked.flatten(0, 1)
-    for picture, objects in zip(pictures, asked.tolist(), strict=True):
-        groups.setdefault(tuple(objects), []).append(picture)
+    groups: dict[tuple[int, tuple[float, ...]], list[Tensor]] = {}
+    for pictures, objects in real:
+        for scene, first, turns in zip(pictures, objects[:, 0].argmax(1), objects.cummax(1).values, strict=True):
+            for picture, asked in zip(scene, turns.tolist(), strict=True):
+                groups.setdefault((int(first), tuple(asked)), []).append(picture)
     found: dict[int, list[tuple[float, int]]] = {}
-    for objects, group in groups.items():
+    for (_, asked), group in groups.items():
         if len(group) > 1:
             count = len(group) * (len(group) - 1) // 2
             total = count * metrics.diversity(from_uint8(torch.stack(group)))
-            found.setdefault(int(sum(objects)), []).append((total, count))
-    return {size: torch.tensor(of_sets, dtype=torch.float64) for size, of_sets in found.items()}
+            found.setdefault(int(sum(asked)), []).append((total, count))
+    return {size: torch.tensor(of_lists, dtype=torch.float64) for size, of_lists in found.items()}
 
 
-def _aims(sizes: Tensor, of_sets: dict[int, Tensor], resamples: int = 2000) -> tuple[Tensor, Score]:
-    """Real diversity for the size of each list, (L,), and its mean, whose interval resamples the sets of each size."""
+def _aims(sizes: Tensor, of_lists: dict[int, Tensor], resamples: int = 2000) -> tuple[Tensor, Score]:
+    """Real diversity for the size of each list, (L,), and its mean; the interval resamples the real lists of a size."""
     rng = torch.Generator().manual_seed(0)
     aims, means = torch.zeros(len(sizes), dtype=torch.float64), torch.zeros(resamples, dtype=torch.float64)
     for size in sizes.unique().tolist():
-        sets = of_sets[size]
-        aims[sizes == size] = sets[:, 0].sum() / sets[:, 1].sum()
-        totals, pairs = sets[torch.randint(len(sets), (resamples, len(sets)), generator=rng)].sum(1).unbind(1)
+        real = of_lists[size]
+        aims[sizes == size] = real[:, 0].sum() / real[:, 1].sum()
+        totals, pairs = real[torch.randint(len(real), (resamples, len(real)), generator=rng)].sum(1).unbind(1)
         means += totals / pairs * (sizes == size).double().mean()
-    unsure = _middle_95(means) if all(len(of_sets[size]) > 1 for size in sizes.tolist()) else None
+    unsure = _middle_95(means) if all(len(of_lists[size]) > 1 for size in sizes.tolist()) else None
     return aims, Score(float(aims.mean()), unsure, len(aims))
 
 
@@ -294,12 +298,13 @@ def looks(drawn: Tensor, real: Tensor, *, intervals: bool = True) -> dict[str, S
     Args:
         drawn: (S, T, D) features of the pictures after each turn of S scenes, on the scale of real pictures.
         real: likewise, of as many scenes.
-        intervals: whether there are intervals by jackknife, which take 20 times as long as the scores; that of the
-            kernel distance costs nothing.
+        intervals: whether there are intervals by jackknife and by halves, which take 20 and 10 times as long as the
+            scores; that of the kernel distance costs nothing.
 
     Returns:
         ``frechet_distance`` and ``kernel_distance`` of all pictures; ``precision``, ``recall``, ``density`` and
-        ``coverage`` of each scene's last. With fewer than three scenes there is the first only, without an interval.
+        ``coverage`` of each scene's last. Fewer than three scenes have the first only, without an interval; a
+        single picture has none.
     """
 
     def distance(samples: Sequence[Tensor]) -> list[float]:
@@ -311,6 +316,8 @@ def looks(drawn: Tensor, real: Tensor, *, intervals: bool = True) -> dict[str, S
 
     num_scenes, turns, _ = drawn.shape
     pictures = num_scenes * turns
+    if pictures < 2:
+        return {}
     samples = drawn, real
     interval = jackknife(distance, samples)[0] if intervals and num_scenes > 2 else None
     scores = {"frechet_distance": Score(distance(samples)[0], interval, pictures)}
@@ -322,7 +329,7 @@ def looks(drawn: Tensor, real: Tensor, *, intervals: bool = True) -> dict[str, S
     for name, value in zip(metrics.NeighbourScores._fields, neighbours(samples), strict=True):
         scores[name] = Score(value, None, num_scenes)
     if intervals:
-        for name, (low, high) in zip(metrics.NeighbourScores._fields, jackknife(neighbours, samples), strict=True):
+        for name, (low, high) in zip(metrics.NeighbourScores._fields, by_halves(neighbours, samples), strict=True):
             scores[name] = scores[name]._replace(ci95=(low, high if name == "density" else min(high, 1.0)))
     return scores
 
@@ -367,13 +374,42 @@ def jackknife(
 
     Source: Shao and Wu 1989, "A general theory for jackknife variance estimation"; normal interval.
     """
-    whole = torch.tensor(function(samples), dtype=torch.float64)
     blocks = min(blocks, *map(len, samples))
     values = []
     for block in range(blocks):
         rest = [torch.cat([x for i, x in enumerate(sample.tensor_split(blocks)) if i != block]) for sample in samples]
         values.append(function(rest))
     found = torch.tensor(values, dtype=torch.float64)  # (blocks, numbers)
-    error = ((blocks - 1) / blocks * (found - found.mean(0)).square().sum(0)).sqrt()
-    low, high = (whole - 1.96 * error).clamp(min=0), whole + 1.96 * error
+    return _about(function(samples), ((blocks - 1) / blocks * (found - found.mean(0)).square().sum(0)).sqrt())
+
+
+def by_halves(
+    function: Callable[[Sequence[Tensor]], Sequence[float]], samples: Sequence[Tensor], halves: int = 40
+) -> list[Interval]:
+    """95 % intervals of functions of several samples of scenes that are not smooth, from random halves of each.
+
+    Halves differ among themselves as much as the whole does from what is sampled. Of shares of neighbourhoods, which
+    jump when a scene is left out, a jackknife says too much.
+
+    Args:
+        function: of samples such as those given; its numbers are not negative, and vary with samples of half the size
+            about as those of the whole do but for the factor that the size has.
+        samples: tensors whose first axis is scenes, two at least.
+        halves: how many.
+
+    Source: half-samples of McCarthy 1969, "Pseudo-replication: half samples", at random; normal interval.
+    """
+    rng = torch.Generator().manual_seed(0)
+
+    def half(sample: Tensor) -> Tensor:
+        return sample[torch.randperm(len(sample), generator=rng)[: len(sample) // 2]]
+
+    found = torch.tensor([function([*map(half, samples)]) for _ in range(halves)], dtype=torch.float64)
+    return _about(function(samples), found.std(0))
+
+
+def _about(values: Sequence[float], errors: Tensor) -> list[Interval]:
+    """Normal 95 % intervals of values that are not negative, with their standard errors (V,) float64."""
+    whole = torch.tensor(values, dtype=torch.float64)
+    low, high = (whole - 1.96 * errors).clamp(min=0), whole + 1.96 * errors
     return list(zip(low.tolist(), high.tolist(), strict=True))

@@ -154,9 +154,9 @@ def share_interval(found: Tensor, asked: Tensor, *, level: float = 0.95) -> tupl
 
     There a bootstrap is too narrow: where everything was found, so it was in all resamples. This is Wilson's interval
     for n objects that were found or not independently of each other, n being ``sum(asked)`` divided by how much more
-    the prompts differ than such objects would (the design effect; at least 1). Where all or nothing was found, the
-    prompts do not say how alike the draws of one prompt are; then n is between the number of prompts and that of
-    objects, their geometric mean.
+    the prompts differ than such objects would (the design effect; at least 1), and less by as much as few prompts say
+    little of that. Where all or nothing was found, the prompts do not say how alike the draws of one prompt are; then
+    n is between the number of prompts and that of objects, their geometric mean.
 
     Args:
         found: (P,) or (P, D) what was found for each of P prompts, in each of D draws; P at least 2.
@@ -177,16 +177,35 @@ def share_interval(found: Tensor, asked: Tensor, *, level: float = 0.95) -> tupl
     if len(found) < 2 or bool(((found < 0) | (found > asked)).any()):
         raise ValueError("found must be from 0 to asked, of two prompts or more: one says nothing of others")
     prompts, count = len(found), float(asked.sum())
-    share = float(found.sum()) / count
+    share, z = float(found.sum()) / count, NormalDist().inv_cdf((1 + level) / 2)
     if share in (0, 1):
         n = math.sqrt(prompts * count)
     else:
         variance = prompts / (prompts - 1) * float((found - share * asked).square().sum()) / count**2
         n = share * (1 - share) / max(variance, share * (1 - share) / count)
-    z = NormalDist().inv_cdf((1 + level) / 2)
+        n *= (z / _t_quantile((1 + level) / 2, prompts - 1)) ** 2
     middle, spread = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     low, high = (middle - spread) / (1 + z**2 / n), (middle + spread) / (1 + z**2 / n)
     return low if share > 0 else 0.0, high if share < 1 else 1.0
+
+
+def _t_quantile(level: float, freedom: int) -> float:
+    """Quantile of Student's t distribution: exact for one and two degrees of freedom, else to 0.2 % up to 0.975.
+
+    Source: Abramowitz and Stegun 1964, eq. 26.7.5.
+    """
+    if freedom == 1:
+        return math.tan(math.pi * (level - 0.5))
+    if freedom == 2:
+        return (2 * level - 1) * math.sqrt(2 / (1 - (2 * level - 1) ** 2))
+    z = NormalDist().inv_cdf(level)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 def _sums_of_prompts(values: Tensor, weights: Tensor, level: float) -> tuple[Tensor, Tensor]:
@@ -554,7 +573,7 @@ def diversity(images: Tensor) -> float:
     The distance of two pictures is the root of the mean squared difference over all channels and pixels.
 
     Args:
-        images: (N, 3, H, W) in [-1, 1], at least two: the draws of one list, or real pictures of one set of objects.
+        images: (N, 3, H, W) in [-1, 1], at least two: the draws of one list, or real pictures of one list.
 
     Returns:
         Mean over the N (N - 1) / 2 pairs, in grey levels of 0 to 255.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ class RealScenes:
     """Real scenes that no model was trained on."""
 
     test: Scenes
-    validation: Scenes
+    validation: Scenes | None
+    """None where there are none."""
     lists: list[list[str]]
     """The objects of each test scene in the order of its turns."""
     validation_lists: list[list[str]]
@@ -94,6 +96,14 @@ class RealScenes:
     """(S, T, 2) where they are in the test scenes, in pixels."""
     training: Tensor
     """(R, T, 3, H, W) uint8: the pictures of the train split, which generators learned from; R may be 0."""
+    training_objects: Tensor
+    """(R, T, K) 0 or 1: what each turn of the train split added."""
+
+    @property
+    def turns(self) -> list[tuple[Tensor, Tensor]]:
+        """Pictures after each turn and what it added, of each split: how real scenes vary needs them all."""
+        seen = [scenes for scenes in (self.test, self.validation) if scenes is not None]
+        return [*((x.pictures[:, 1:], x.objects) for x in seen), (self.training, self.training_objects)]
 
 
 def open_real(data: str | Path, image_size: int, split: Split | None = None) -> SceneDataset:
@@ -130,23 +140,45 @@ def read_real(data: str | Path, generator: SceneModel, vocabulary: Vocabulary) -
 
     Raises:
         DatasetError: there is no such file, or it is damaged.
-        ValueError: it has pictures of another size, an unknown object, or no scene of the test or validation split.
+        ValueError: it has pictures of another size, an unknown object, or no scene of the test split.
+
+    Warns:
+        UserWarning: there is no scene of the validation split.
     """
 
-    def read(split: Split) -> tuple[Scenes, list[list[str]]]:
-        dataset = open_real(data, generator.image_size, split)
-        if not len(dataset):
-            raise ValueError(
-                f"data: {str(dataset.path)!r} has no scene of the {split} split; leave data out, or prepare more scenes"
-            )
-        lists = parse_scenes(
-            [[dataset.vocabulary.names[i] for i in scene] for scene in dataset.objects.tolist()], generator.vocabulary
-        )
+    def lists_of(dataset: SceneDataset) -> list[list[str]]:
+        return [[dataset.vocabulary.names[i] for i in scene] for scene in dataset.objects.tolist()]
+
+    def read(dataset: SceneDataset) -> tuple[Scenes, list[list[str]]]:
+        lists = parse_scenes(lists_of(dataset), generator.vocabulary)
         return Scenes(_after_empty(dataset.pixels, generator), encode_objects(lists, vocabulary)), lists
 
-    (test, lists), (validation, validation_lists) = read("test"), read("validation")
-    places, training = places_of_turns(test.pictures), open_real(data, generator.image_size, "train").pixels
-    return RealScenes(test, validation, lists, validation_lists, places, training)
+    splits: tuple[Split, ...] = ("test", "validation", "train")
+    of_test, of_validation, training = (open_real(data, generator.image_size, split) for split in splits)
+    if not len(of_test):
+        raise ValueError(
+            f"data: {str(of_test.path)!r} has no scene of the test split; leave data out, or prepare more scenes"
+        )
+    test, lists = read(of_test)
+    validation: Scenes | None = None
+    validation_lists: list[list[str]] = []
+    if len(of_validation):
+        validation, validation_lists = read(of_validation)
+    else:
+        warnings.warn(
+            f"data: {str(of_test.path)!r} has no scene of the validation split, which sets floors: look, copies and "
+            "layout are not measured; prepare more scenes for them",
+            stacklevel=4,
+        )
+    return RealScenes(
+        test=test,
+        validation=validation,
+        lists=lists,
+        validation_lists=validation_lists,
+        places=places_of_turns(test.pictures),
+        training=training.pixels,
+        training_objects=encode_objects(lists_of(training), vocabulary) if len(training) else torch.zeros(0, 1, 1),
+    )
 
 
 def as_real(drawn: Scenes, generator: SceneModel) -> Scenes:

@@ -19,7 +19,7 @@ from condgan import IterativeGenerator
 from condgan.functional import crop, crop_corners, places_of_turns
 from condgan.images import from_uint8, to_uint8
 from condgan.realism import told_apart
-from condgan.scenes import SceneDrawer, open_real
+from condgan.scenes import SceneDrawer, as_real, open_real
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder that `condgan prepare` was run on")
@@ -61,7 +61,7 @@ def main() -> None:
     lists = [[data.vocabulary.names[i] for i in scene] for scene in data.objects[chosen].tolist()]
     drawer = SceneDrawer(generator, generator.vocabulary, 1, "picture", BATCH_SIZE, progress=True)
     drawn, _ = drawer.draw(lists, chosen.tolist())
-    sets = [squares(torch.cat((empty[:, None], pictures), 1)), squares(drawn.pictures)]
+    sets = [squares(torch.cat((empty[:, None], pictures), 1)), squares(as_real(drawn, generator).pictures)]
     if args.view == "gray":
         sets = [x.float().mean(2, keepdim=True).round().to(torch.uint8).expand_as(x) for x in sets]
     n, turns = args.held_out, sets[0].shape[1]

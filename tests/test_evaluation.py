@@ -360,21 +360,28 @@ def test_a_packed_file_is_read_like_its_folder(generator: IterativeGenerator, pa
     assert of_file.test.asked.sum(2).tolist() == [[1, 2, 3]] * 12
 
 
-def test_real_diversity_compares_sets_of_equal_size(score: Score, packed: Path) -> None:
-    """Real pairs of equal sets exist among first turns only, so lists of one object alone enter the ratio."""
+def test_the_default_device_makes_no_difference(score: Score) -> None:
+    """Of a user whose tensors are made on a GPU unless told otherwise; here, where they would have no values."""
+    expected = score(_honest, real=True).to_dict()
+    with torch.device("meta"):
+        found = score(_honest, real=True).to_dict()
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+
+
+def test_real_diversity_compares_lists_of_equal_size(score: Score, packed: Path) -> None:
+    """Real pairs of equal lists, of all splits, exist among first turns only: only lists of one object have a ratio."""
     report = score(_honest, draws=4, real=True)
     entries = json.loads((packed / f"condgan-{SIZE}.json").read_text())["scenes"]
     firsts: dict[str, list[Tensor]] = {}
     for scene, pixels in zip(entries, np.load(packed / f"condgan-{SIZE}.npy"), strict=True):
-        if scene_split(scene["name"]) == "test":
-            firsts.setdefault(scene["objects"][0], []).append(torch.from_numpy(pixels[0]).float())
+        firsts.setdefault(scene["objects"][0], []).append(torch.from_numpy(pixels[0]).float())
     pairs = [
         (a - b).square().mean().sqrt().item() for group in firsts.values() for a, b in itertools.combinations(group, 2)
     ]
     assert report.measures["diversity"].real == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
     low, high = report.measures["diversity_ratio"].ci95 or (0, 0)
     ratio = report.measures["diversity_ratio"].drawn
-    assert 0 < low < ratio < high, "two sets of real pairs are not sure what real diversity is"
+    assert 0 < low < ratio < high, "two lists of real pairs are not sure what real diversity is"
     singles = score(_honest, [LISTS[0], LISTS[3]], real=True).measures
     assert singles["diversity_ratio"].drawn == pytest.approx(singles["diversity"].drawn / singles["diversity"].real)
     threes = score(_honest, [LISTS[2]], real=True).measures
@@ -422,6 +429,14 @@ def test_lists_that_all_ask_for_the_same_cannot_be_shuffled(score: Score) -> Non
     for name in ("accuracy", "exact", "object_f1"):
         assert report.measures[name].shuffled is None, name
         assert report.is_told(name), name
+
+
+def test_lists_of_one_length_cannot_be_shuffled_where_objects_are_counted(score: Score) -> None:
+    report = score(_honest, [["red cube", "blue sphere"], ["green cube", "red cube"]], draws=2)
+    measure = report.measures["count_accuracy"]
+    assert (measure.drawn, measure.shuffled) == (1, None)
+    assert report.is_told("count_accuracy")
+    assert report.measures["accuracy"].shuffled < 1
 
 
 def test_one_list_cannot_be_shuffled_and_says_nothing_of_others(score: Score) -> None:
@@ -741,12 +756,30 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(score: Score, pac
     (tmp_path / "small.json").write_text(json.dumps(index | {"image_size": 32}))
     with pytest.raises(ValueError, match=r"small\.npy.* pictures of 32 pixels, but the generator draws 64"):
         _read(tmp_path / "small.npy")
-    for left_out in ("test", "validation"):
-        keep = [i for i, scene in enumerate(index["scenes"]) if scene_split(scene["name"]) != left_out]
-        np.save(tmp_path / "few.npy", np.load(packed / f"condgan-{SIZE}.npy")[keep])
-        (tmp_path / "few.json").write_text(json.dumps(index | {"scenes": [index["scenes"][i] for i in keep]}))
-        with pytest.raises(ValueError, match=f"no scene of the {left_out} split"):
-            _read(tmp_path / "few.npy")
+    with pytest.raises(ValueError, match="no scene of the test split"):
+        _read(_without(packed, "test"))
+
+
+def _without(packed: Path, split: str) -> Path:
+    """The packed file, of the same name, without the scenes of a split."""
+    index, pixels = packed / f"condgan-{SIZE}.json", packed / f"condgan-{SIZE}.npy"
+    content = json.loads(index.read_text())
+    keep = [i for i, scene in enumerate(content["scenes"]) if scene_split(scene["name"]) != split]
+    np.save(pixels, np.load(pixels)[keep])
+    index.write_text(json.dumps(content | {"scenes": [content["scenes"][i] for i in keep]}))
+    return pixels
+
+
+def test_without_validation_scenes_there_are_no_floors(score: Score, packed: Path) -> None:
+    """What needs none is measured; a small set often has no scene of that split."""
+    _without(packed, "validation")
+    with pytest.warns(UserWarning, match="no scene of the validation split, .* layout are not measured"):
+        report = score(_forgetful, real=True)
+    assert [report.measures[name].real for name in RIGHTNESS] == [1] * 7
+    assert report.measures["diversity_ratio"].drawn is not None
+    assert _drawn(report, *LOOKS, "memorisation_p") == [None] * (len(LOOKS) + 1)
+    assert report.layout == {}
+    assert "layout, 0 alike" not in str(report)
 
 
 def _read(path: Path) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from condgan import metrics
 from condgan.measures import (
     NOTHING,
     Score,
+    by_halves,
     diversity,
     importance_like,
     jackknife,
+    looks,
     memorisation,
     place_errors,
     quantile,
@@ -170,13 +173,59 @@ def test_jackknife_of_a_mean_is_its_standard_error() -> None:
     assert high - low == pytest.approx(2 * 1.96 / math.sqrt(2000), rel=0.2)
 
 
-def test_diversity_by_real_pairs_is_as_unsure_as_few_sets_make_it() -> None:
-    """Real pictures of many sets of one object, each with two pictures; and of one set of two."""
+def test_intervals_by_halves_of_shares_of_neighbourhoods_are_as_wide_as_these_vary() -> None:
+    """A jackknife of the same is half as wide again."""
+    rng = torch.Generator().manual_seed(0)
+
+    def coverage(samples: Sequence[Tensor]) -> list[float]:
+        first, second = samples
+        return [float(metrics.neighbour_scores(first, second, k=5).coverage.mean())]
+
+    pairs = [(torch.randn(100, 8, generator=rng), torch.randn(100, 8, generator=rng)) for _ in range(60)]
+    values = torch.tensor([coverage(pair)[0] for pair in pairs])
+    widths = torch.tensor([by_halves(coverage, pair)[0] for pair in pairs[:10]]).diff(dim=1)
+    wide = torch.tensor([jackknife(coverage, pair)[0] for pair in pairs[:10]]).diff(dim=1)
+    assert float(widths.mean()) == pytest.approx(2 * 1.96 * float(values.std()), rel=0.3)
+    assert wide.mean() > 1.3 * widths.mean()
+
+
+def test_pictures_that_count_unequally_say_less() -> None:
+    """As much as those that count at all, where the others count nothing."""
+    asked = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]] * 8)
+    logits, lengths = torch.where(asked > 0, SEEN, UNSEEN), asked.sum(1).long()
+    importance = importance_like(lengths, torch.tensor([2]))
+    weighted = rightness(logits, asked, lengths, lengths, 8, importance)
+    alone = rightness(logits[1::2], asked[1::2], lengths[1::2], lengths[1::2], 8)
+    for name, score in alone.items():
+        assert weighted[name].ci95 == pytest.approx(score.ci95), name
+
+
+def test_real_pairs_of_diversity_have_one_order() -> None:
+    """The first object stands in the middle: where another one does, real pictures are farther apart than draws."""
+    scenes = scenes_of([[0, 1], [1, 0], [0, 1], [2, 3], [3, 2]])
+    for number, grey in enumerate((10, 90, 30, 50, 0)):
+        scenes.pictures[number, 1:] = grey
+    final, objects = torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8), torch.tensor([[1.0, 1, 0, 0]])
+    score = diversity(final, objects, [(scenes.pictures[:, 1:], scenes.objects)])["diversity_real"]
+    assert score.value == pytest.approx(20)
+    parts = [(scenes.pictures[rows, 1:], scenes.objects[rows]) for rows in (slice(2), slice(2, None))]
+    assert diversity(final, objects, parts)["diversity_real"] == score, "pairs are of all parts"
+    assert set(diversity(final, objects, [])) == {"diversity"}
+
+
+def test_a_single_picture_has_no_look() -> None:
+    assert looks(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)) == {}
+    assert looks(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)).keys() == {"frechet_distance"}
+
+
+def test_diversity_by_real_pairs_is_as_unsure_as_few_lists_make_it() -> None:
+    """Real pictures of many lists of one object, each with two pictures; and of one list of two."""
     rng = torch.Generator().manual_seed(0)
     objects = [[i, -1] for i in range(12) for _ in range(2)] + [[0, 1], [0, 1]]
-    real = scenes_of(objects, num_objects=12)
-    real.pictures[:, 1:] = torch.randint(256, (len(objects), 1, 3, 16, 16), generator=rng, dtype=torch.uint8)
-    real.pictures[0:8, 1:] //= 2  # four sets are darker and vary less
+    scenes = scenes_of(objects, num_objects=12)
+    real = [(scenes.pictures[:, 1:], scenes.objects)]
+    scenes.pictures[:, 1:] = torch.randint(256, (len(objects), 1, 3, 16, 16), generator=rng, dtype=torch.uint8)
+    scenes.pictures[0:8, 1:] //= 2  # four lists are darker and vary less
     final = torch.randint(256, (10, 3, 3, 16, 16), generator=rng, dtype=torch.uint8)
     one, two = torch.eye(12)[:10], torch.eye(12)[:10] + torch.eye(12)[1:11]
     scores = diversity(final, one, real)
@@ -184,10 +233,10 @@ def test_diversity_by_real_pairs_is_as_unsure_as_few_sets_make_it() -> None:
     assert 0.8 < low / (scores["diversity_real"].value or 0) < 0.9 < 1.1 < high / (scores["diversity_real"].value or 0)
     low, high = scores["diversity_ratio"].ci95 or (0, 0)
     assert high - low > 0.25, "draws vary alike: what is unsure is how real pictures do"
-    of_one_set = diversity(final, two, real)
-    assert of_one_set["diversity_ratio"].value is not None
-    assert of_one_set["diversity_ratio"].ci95 is None
-    real.pictures[:] = 0
+    of_one_list = diversity(final, two, real)
+    assert of_one_list["diversity_ratio"].value is not None
+    assert of_one_list["diversity_ratio"].ci95 is None
+    scenes.pictures[:] = 0
     assert "diversity_ratio" not in diversity(final, one, real)
 
 

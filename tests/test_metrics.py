@@ -176,6 +176,9 @@ def _scenarios() -> list[tuple[int, int, float, float | None]]:
         (32, 64, 0.9998, 20.0),
         (317, 3, 0.99, 5.0),
         (84, 8, 0.5, 2.0),
+        (2, 64, 0.5, 9.0),
+        (4, 64, 0.8, 9.0),
+        (8, 64, 0.5, 9.0),
     ]
 
 
@@ -197,13 +200,14 @@ def test_share_interval_holds_the_truth_near_the_ends_too(
 def test_share_interval_by_hand() -> None:
     low, high = metrics.share_interval(torch.tensor([1.0] * 8 + [0.0] * 2), torch.ones(10))
     # Wilson: 10 objects, one a prompt, would vary by 0.8 * 0.2 / 10; prompts do by 1 / 9 of that more
-    n, z = 9, 1.959964
+    z = 1.959964
+    n = 9 * (z / 2.2621572) ** 2  # and ten of them know that less well: Student's t with 9 degrees of freedom
     middle, spread = 0.8 + z**2 / (2 * n), z * math.sqrt(0.16 / n + z**2 / (4 * n**2))
-    assert (low, high) == pytest.approx(((middle - spread) / (1 + z**2 / n), (middle + spread) / (1 + z**2 / n)))
+    expected = ((middle - spread) / (1 + z**2 / n), (middle + spread) / (1 + z**2 / n))
+    assert (low, high) == pytest.approx(expected, rel=1e-4)
     equal = metrics.share_interval(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]))
-    assert equal == pytest.approx((0.5 - (half := z * math.sqrt(1 / (4 * (12 + z**2)))), 0.5 + half)), (
-        "12 objects, no more"
-    )
+    n = 12 * (z / 4.3026527) ** 2  # of 12 objects, no more
+    assert equal == pytest.approx((0.5 - (half := z * math.sqrt(1 / (4 * (n + z**2)))), 0.5 + half), rel=1e-4)
     assert metrics.share_interval(torch.ones(4, 9), torch.ones(4, 9)) == (pytest.approx(12 / (12 + z**2)), 1)
     assert metrics.share_interval(torch.zeros(4, 9), torch.ones(4, 9)) == (0, pytest.approx(z**2 / (12 + z**2)))
 
@@ -214,6 +218,14 @@ def test_share_interval_does_not_shrink_with_draws_that_are_alike() -> None:
     assert metrics.share_interval(found[:, None].repeat(1, 50), torch.ones(32, 50)) == pytest.approx(once)
     narrow = metrics.share_interval(found, torch.ones(32), level=0.5)
     assert once[0] < narrow[0] < 0.5 < narrow[1] < once[1]
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (15, 2.13145), (316, 1.96750)]
+)
+def test_quantiles_of_the_t_distribution(freedom: int, quantile: float) -> None:
+    """Of any table."""
+    assert metrics._t_quantile(0.975, freedom) == pytest.approx(quantile, rel=2e-3)
 
 
 def test_share_interval_refuses_what_does_not_fit() -> None:
