@@ -5,8 +5,8 @@
 
 One must have been trained on from the other, or both from the same weights; the mean of strangers draws nothing. What
 does not average, the statistics of batch norms and the correction of first turns, is measured anew, with the noise
-encoder that both were trained with. The weights J and K, from which those that ship were trained on, were
-made so.
+encoder that both were trained with. J and K, earlier weights (docs/experiments.md has their letters) from which those
+that ship were trained on, were made so.
 
 Source: model soups, Wortsman et al. 2022, arXiv:2203.05482.
 """
