@@ -110,7 +110,7 @@ def evaluate(
     conditions_name = "given lists"
     if isinstance(conditions, (str, Path)):
         conditions_name = Path(conditions).name
-        conditions = read_conditions(conditions)
+        conditions = read_conditions(conditions, generator.vocabulary)
     if isinstance(conditions, (list, tuple)):
         conditions = [[names] if isinstance(names, str) else names for names in conditions]
     lists = parse_scenes(conditions, generator.vocabulary)

@@ -402,6 +402,8 @@ class DiffDiscriminator(PretrainedModel):
     first blocks but its difference to the first one (:meth:`condgan.layers.DisBlock.changes`), and the logits are
     found in the precision of the weights.
 
+    With spectral normalisation PyTorch cannot pickle it; :meth:`save_pretrained` and ``state_dict`` are for that.
+
     Args:
         config: the architecture; None is the reference's, 64x64 and 24 objects.
 

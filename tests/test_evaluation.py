@@ -760,6 +760,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(score: Score, pac
         _read(_without(packed, "test"))
 
 
+def test_a_list_that_cannot_be_read_is_named(generator: IterativeGenerator, tmp_path: Path) -> None:
+    (tmp_path / "lists.json").write_text('[["red cube"], ["pink cube"]]')
+    with pytest.raises(DatasetError, match=r"lists\.json, entry 1: unknown object 'pink cube'"):
+        evaluate(generator, tmp_path / "lists.json")
+
+
 def _without(packed: Path, split: str) -> Path:
     """The packed file, of the same name, without the scenes of a split."""
     index, pixels = packed / f"condgan-{SIZE}.json", packed / f"condgan-{SIZE}.npy"
