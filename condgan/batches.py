@@ -92,12 +92,21 @@ class TrainingScenes:
         generator: its canvas and what it knows of light are fitted to them, unless they were before.
         fit_canvas: whether to fit them.
         progress: show a progress bar on stderr while they are.
+
+    Raises:
+        ValueError: the data has other objects than the generator, or pictures of another size.
     """
 
     @cpu_by_default()
     def __init__(
         self, data: SceneDataset, generator: IterativeGenerator, fit_canvas: bool = True, *, progress: bool = False
     ) -> None:
+        if data.vocabulary.names != generator.vocabulary.names:
+            raise ValueError(f"data: its objects.json must name the model's objects: {generator.vocabulary.names}")
+        if data.pixels.shape[-1] != generator.image_size:
+            raise ValueError(
+                f"data: pictures are {data.pixels.shape[-1]} pixels wide, those of the generator {generator.image_size}"
+            )
         device = generator.canvas.mean.device
         first = pictures.from_uint8(data.pixels[:, 0].to(device))
         if fit_canvas:
@@ -117,6 +126,7 @@ class TrainingScenes:
         self.objects = data.objects  # (S, T) ids
         self.names = data.vocabulary.names
         self.num_objects = len(self.names)
+        self._epoch: tuple[int, int] | None = None
         self.places = None
         if generator.config.places:
             self.places = places_of_turns(self.pixels)  # (S, T, 2)
@@ -141,7 +151,7 @@ class TrainingScenes:
         return Batch(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1), objects, places, part)
 
     def _permutation(self, epoch: int, seed: int) -> Tensor:
-        if getattr(self, "_epoch", None) != (epoch, seed):
+        if self._epoch != (epoch, seed):
             self._epoch = (epoch, seed)
             self._order = torch.randperm(len(self.pixels), generator=step_rng(seed, epoch, "order"))
         return self._order

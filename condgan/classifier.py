@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from condgan.functional import evaluating
-from condgan.hub import CheckpointError, PretrainedModel, added_later
+from condgan.hub import CheckpointError, PretrainedModel, added_later, check_fields
 from condgan.images import check_colours, check_range, resize
 from condgan.requests import parse_whole
 from condgan.vocab import ICLEVR_OBJECTS
@@ -39,6 +39,9 @@ class SceneClassifierConfig:
     def __post_init__(self) -> None:
         if not self.widths or len(self.widths) != len(self.blocks):
             raise ValueError(f"widths and blocks need one entry a stage each, got {self.widths} and {self.blocks}")
+        check_fields(self)
+        if min(*self.widths, *self.blocks) < 1:
+            raise ValueError(f"widths and blocks must be at least 1, got {self.widths} and {self.blocks}")
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
 

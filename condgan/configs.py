@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from condgan.hub import added_later
+from condgan.hub import added_later, check_fields
 from condgan.vocab import ICLEVR_OBJECTS
 
 IMAGE_SIZES = (32, 64, 128)
@@ -53,7 +53,6 @@ class GeneratorConfig:
     it learns of red things and of cubes tells it what a red cube is, also one that it has never met."""
 
     def __post_init__(self) -> None:
-        _freeze_objects(self)
         _check_image_size(self.image_size)
         _check_at_least(1, width=self.width, condition_dim=self.condition_dim, num_turns=self.num_turns)
         _check_at_least(0, z_dim=self.z_dim, light_components=self.light_components, light_inputs=self.light_inputs)
@@ -64,6 +63,7 @@ class GeneratorConfig:
         _check_window(self.window, self.image_size, self.places)
         if self.mapping and self.z_dim < 2:
             raise ValueError(f"mapping needs a z_dim of at least 2, got {self.z_dim}")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class DiscriminatorConfig:
     features, without spectral normalisation."""
 
     def __post_init__(self) -> None:
-        _freeze_objects(self)
         _check_image_size(self.image_size)
         _check_at_least(1, width=self.width, condition_dim=self.condition_dim)
         _check_at_least(0, light_inputs=self.light_inputs)
         _check_window(self.window, self.image_size, self.places)
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,7 @@ class NoiseEncoderConfig:
         _check_image_size(self.image_size)
         _check_at_least(1, width=self.width, z_dim=self.z_dim)
         _check_window(self.window, self.image_size, self.places)
-
-
-def _freeze_objects(config: GeneratorConfig | DiscriminatorConfig) -> None:
-    """Make a tuple of a list of names: a list is equal to no tuple of the same names."""
-    if isinstance(config.objects, list):
-        object.__setattr__(config, "objects", tuple(config.objects))
+        check_fields(self)
 
 
 def _check_window(window: int | None, image_size: int, places: bool) -> None:

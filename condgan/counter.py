@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condgan.functional import evaluating
-from condgan.hub import PretrainedModel, added_later
+from condgan.hub import PretrainedModel, added_later, check_fields
 from condgan.images import check_colours, check_range, resize
 from condgan.requests import parse_whole
 
@@ -40,6 +40,9 @@ class ObjectCounterConfig:
             raise ValueError(f"widths and blocks need at least one stage and block, got {self.widths}, {self.blocks}")
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold must be between 0 and 1, got {self.threshold}")
+        check_fields(self)
+        if min(self.widths) < 1:
+            raise ValueError(f"widths must be at least 1, got {self.widths}")
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
 

@@ -113,11 +113,6 @@ def read_objects(path: str | Path) -> Vocabulary:
     content = read_json(path)
     if not isinstance(content, dict) or not content:
         raise DatasetError(f'{path}: expected a dict from name to index such as {{"red cube": 0}}, got {content!r:.80}')
-    if any(type(index) is not int for index in content.values()) or sorted(content.values()) != [*range(len(content))]:
-        raise DatasetError(
-            f"{path}: the indices of {len(content)} objects must be 0 to {len(content) - 1}, each once, "
-            f"got {[*content.values()]!r:.120}"
-        )
     try:
         return Vocabulary(content)
     except ValueError as error:
@@ -199,6 +194,11 @@ class SceneDataset(Dataset[SceneRecord]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def lists(self) -> list[list[str]]:
+        """The objects of each scene by name, in the order of its turns."""
+        return [[self.vocabulary.names[i] for i in scene] for scene in self.objects.tolist()]
 
     def __getitem__(self, index: int) -> SceneRecord:
         images = from_uint8(self.pixels[index])

@@ -108,7 +108,7 @@ def roll_conditions(
     outputs = []
     for objects in conditions.unbind(1):
         output, new_hidden = encoder(objects, hidden)
-        present = objects.any(1, keepdim=True)
+        present = objects.ne(0).any(1, keepdim=True)
         outputs.append(output * present)
         hidden = torch.where(present, new_hidden, torch.zeros_like(new_hidden) if hidden is None else hidden)
     assert hidden is not None
@@ -133,7 +133,8 @@ def rollout(
         z: (N, T, Z) noise, or (N, Z) for the same noise every turn, in any floating type.
         start: (N, 3, H, W) or (3, H, W) canvas before the first turn, in [-1, 1].
         places: (N, T, 2) centres in pixels (x, y), for generators that know places; padding may be NaN. None: a
-            generator with a ``place_model`` puts each object where that says, by the first three numbers of its noise.
+            generator with a ``place_model`` puts each object where that says, by the first three numbers of its noise,
+            which repeat where there are fewer.
         callback: called after every turn with its number and the pictures (N, 3, H, W), a copy.
         rest: (N, 3, H, W), what rounding to 256 levels took from ``start``: every picture is rounded too, as in
             ``generate`` (:func:`condgan.images.round_turn`). None leaves pictures, and gradients, as they are.
@@ -199,6 +200,8 @@ def _likely_place(generator: Any, noise: Tensor, condition: Tensor, image: Tenso
     place_model = getattr(generator, "place_model", None)
     if place_model is None:
         return None
+    if noise.shape[1] == 0:
+        raise ValueError("places must be given: the noise has no numbers (z_dim is 0) by which to choose them")
     with torch.no_grad():
         uniform = torch.special.ndtr(noise.float()).repeat(1, 3)[:, :3].clamp(max=1 - 2**-24)
         place: Tensor = place_model(image.to(condition.dtype), condition, uniform, generator.read_light(image))

@@ -113,6 +113,8 @@ class PretrainedModel(nn.Module):
 
         Raises:
             CheckpointError: there is no such checkpoint, it cannot be downloaded, or it does not fit this class.
+            TypeError: ``name`` is neither a string nor a path.
+            ValueError: ``revision`` is given for a folder.
         """
         if name is None and cls.default_pretrained is None:
             raise CheckpointError(
@@ -455,12 +457,29 @@ def _parse_config(text: bytes, source: str, model_type: str, config_class: type[
         try:
             values[key] = _from_json(values[key], hint)
         except TypeError:
-            wanted = hint.__name__ if hint in (int, float, str, bool) else str(hint).replace("typing.", "")
-            raise CheckpointError(f'{source}: "{key}" must be {wanted}, got {reprlib.repr(values[key])}.') from None
+            raise CheckpointError(
+                f'{source}: "{key}" must be {_said(hint)}, got {reprlib.repr(values[key])}.'
+            ) from None
     try:
         return config_class(**values)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
+
+
+def check_fields(config: Any) -> None:
+    """Raise a ValueError unless every field of a frozen config is of its annotated type; a list becomes a tuple."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        try:
+            fitting = _from_json([*value] if isinstance(value, tuple) else value, hint)
+        except TypeError:
+            raise ValueError(f"{name} must be {_said(hint)}, got {reprlib.repr(value)}") from None
+        object.__setattr__(config, name, fitting)
+
+
+def _said(hint: Any) -> str:
+    """A type as a reader knows it."""
+    return hint.__name__ if hint in (int, float, str, bool) else str(hint).replace("typing.", "")
 
 
 def _from_json(value: Any, hint: Any) -> Any:

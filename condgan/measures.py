@@ -18,10 +18,10 @@ from condgan import metrics
 from condgan.functional import place_of_change
 from condgan.images import from_uint8
 from condgan.layout import Layout, measure_layout
+from condgan.report import Interval
 from condgan.scenes import Scenes
 from condgan.vocab import Vocabulary
 
-Interval = tuple[float, float]
 CHUNK = 256
 """Scenes that are turned to floating point at once."""
 NEIGHBOURS = 5
@@ -348,7 +348,7 @@ def memorisation(drawn: Tensor, held_out: Tensor) -> dict[str, Score]:
         warnings.warn(
             "half of the held-out pictures are among the training pictures: what is near to those cannot be told from "
             "a copy, and memorisation is not measured. Look at how the splits were made",
-            stacklevel=2,
+            stacklevel=5,  # past evaluate
         )
         return dict.fromkeys(("memorisation_ratio", "memorisation_nearer", "memorisation_p"), NOTHING)
     found, several = metrics.memorisation(drawn, held_out, rng_seed=0), min(len(drawn), len(held_out)) > 1

@@ -141,7 +141,7 @@ def bootstrap_interval(
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
-    found, asked = _sums_of_prompts(values, weights, level)
+    found, asked = _sums_of_prompts(level, values=values, weights=weights)
     rng = torch.Generator().manual_seed(rng_seed)
     prompts = torch.randint(len(found), (resamples, len(found)), generator=rng)
     statistic = found[prompts].sum(1) / asked[prompts].sum(1)  # (resamples,)
@@ -173,7 +173,7 @@ def share_interval(found: Tensor, asked: Tensor, *, level: float = 0.95) -> tupl
     Source: Wilson 1927; with the effective number of observations after Korn and Graubard 1998, Survey Methodology 24,
     as compared by Dean and Pagano 2015, doi:10.1093/jssam/smv024; the geometric mean is ours.
     """
-    found, asked = _sums_of_prompts(found, asked, level)
+    found, asked = _sums_of_prompts(level, found=found, asked=asked)
     if len(found) < 2 or bool(((found < 0) | (found > asked)).any()):
         raise ValueError("found must be from 0 to asked, of two prompts or more: one says nothing of others")
     prompts, count = len(found), float(asked.sum())
@@ -208,15 +208,16 @@ def _t_quantile(level: float, freedom: int) -> float:
     return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
-def _sums_of_prompts(values: Tensor, weights: Tensor, level: float) -> tuple[Tensor, Tensor]:
+def _sums_of_prompts(level: float, **given: Tensor) -> tuple[Tensor, Tensor]:
     """Both (P,) float64 on the CPU, over all draws of each prompt; raises ValueError unless an interval can be made."""
+    (first, values), (second, weights) = given.items()
     if values.shape != weights.shape or values.ndim not in (1, 2) or values.numel() == 0:
         raise ValueError(
-            f"values and weights must be (P,) or (P, D), not empty and of one shape, "
+            f"{first} and {second} must be (P,) or (P, D), not empty and of one shape, "
             f"got {tuple(values.shape)} and {tuple(weights.shape)}"
         )
     if not (weights > 0).all():
-        raise ValueError("weights must be positive: every prompt asks for something")
+        raise ValueError(f"{second} must be positive: every prompt asks for something")
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}")
     found, asked = (x.cpu().double().reshape(len(x), -1).sum(1) for x in (values, weights))

@@ -43,6 +43,8 @@ from condgan.requests import Place
 from condgan.results import Drawing, Turn
 from condgan.vocab import Vocabulary
 
+SHARED_BLOCKS = 3
+"""Blocks of the discriminator that both pictures pass before their features are subtracted."""
 NOISE_ENCODER_SLOPE = 0.1
 LARGEST_MAP = 2**24
 """Bytes. In eval mode a CPU draws so many turns at once that the largest map takes no more: it stays in the caches, and
@@ -440,7 +442,7 @@ class DiffDiscriminator(PretrainedModel):
             setattr(self, f"block{i + 1}", DisBlock(widths[i], widths[i + 1], i > 0, config.spectral_norm))
         self.light = SceneLight(config.light_inputs) if config.light_inputs else None
         if config.light_inputs:  # a fresh one disregards it
-            self.light_bias = nn.Linear(config.light_inputs, widths[3], bias=False)
+            self.light_bias = nn.Linear(config.light_inputs, widths[SHARED_BLOCKS], bias=False)
             nn.init.zeros_(self.light_bias.weight)
         num_features = widths[-1]
         hidden = max(num_features // 4, 1)
@@ -483,7 +485,7 @@ class DiffDiscriminator(PretrainedModel):
 
     def _features(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        for i in range(3):
+        for i in range(SHARED_BLOCKS):
             x = self.get_submodule(f"block{i + 1}")(x)
         return x
 
@@ -492,7 +494,7 @@ class DiffDiscriminator(PretrainedModel):
         before, *others = inputs
         dtype, layout = self.l6.weight.dtype, torch.channels_last
         x, *changes = (y.to(dtype).contiguous(memory_format=layout) for y in (before, *(y - before for y in others)))
-        for i in range(3):
+        for i in range(SHARED_BLOCKS):
             x, changes = cast(DisBlock, self.get_submodule(f"block{i + 1}")).changes(x, changes)
         return changes
 
@@ -500,7 +502,7 @@ class DiffDiscriminator(PretrainedModel):
         """What the difference of features says: all zeros where nothing changed. What changed must fit ``light``."""
         if light is not None:
             x = x + light[:, :, None, None]
-        for i in range(3, self.num_blocks):
+        for i in range(SHARED_BLOCKS, self.num_blocks):
             x = self.get_submodule(f"block{i + 1}")(x)
         with full_precision(x.device):  # a logit is a small difference of large sums
             dtype = self.l6.weight.dtype

@@ -31,7 +31,7 @@ from condgan.datasets import (
     read_json,
     read_objects,
 )
-from condgan.files import file_sha256, locked
+from condgan.files import file_sha256, locked, replacing
 from condgan.images import read_pixels, resize
 from condgan.requests import parse_whole
 from condgan.vocab import Vocabulary
@@ -464,6 +464,5 @@ def _write_journal(path: Path, fingerprint: str, state: _Progress, file: Buffere
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from condgan.drawing import Redraw
 from condgan.layout import Comparison
 
 Interval = tuple[float, float]
@@ -84,7 +85,7 @@ class EvaluationReport:
     """Pictures drawn for each list."""
     best_of: int
     """Candidates of each picture, or of each turn; 1 is a single draw."""
-    redraw: str
+    redraw: Redraw
     """What was drawn again: ``picture`` or ``turn``."""
     passes: float
     """Passes of the generator for a picture, on average; without ``best_of``, objects in a list."""

@@ -146,11 +146,8 @@ def read_real(data: str | Path, generator: SceneModel, vocabulary: Vocabulary) -
         UserWarning: there is no scene of the validation split.
     """
 
-    def lists_of(dataset: SceneDataset) -> list[list[str]]:
-        return [[dataset.vocabulary.names[i] for i in scene] for scene in dataset.objects.tolist()]
-
     def read(dataset: SceneDataset) -> tuple[Scenes, list[list[str]]]:
-        lists = parse_scenes(lists_of(dataset), generator.vocabulary)
+        lists = parse_scenes(dataset.lists, generator.vocabulary)
         return Scenes(_after_empty(dataset.pixels, generator), encode_objects(lists, vocabulary)), lists
 
     splits: tuple[Split, ...] = ("test", "validation", "train")
@@ -177,7 +174,7 @@ def read_real(data: str | Path, generator: SceneModel, vocabulary: Vocabulary) -
         validation_lists=validation_lists,
         places=places_of_turns(test.pictures),
         training=training.pixels,
-        training_objects=encode_objects(lists_of(training), vocabulary) if len(training) else torch.zeros(0, 1, 1),
+        training_objects=encode_objects(training.lists, vocabulary) if len(training) else torch.zeros(0, 1, 1),
     )
 
 

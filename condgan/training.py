@@ -189,17 +189,11 @@ class Trainer:
 
     def _set_learning_rates(self) -> None:
         config = self.config
-        rates = {
-            "reconstruction": config.lr_reconstruction,
-            "generator": config.lr_generator,
-            "encoder": config.lr_encoder,
-            "discriminator": config.lr_discriminator,
-        }
         left = max(0.0, config.images - self.images) / max(1, config.decay_images)
         factor = min(1.0, 0.1 + 0.9 * left) if config.decay_images else 1.0
-        for name, rate in rates.items():
-            for group in self.optimizers[name].param_groups:
-                group["lr"] = rate * factor
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = getattr(config, f"lr_{name}") * factor
 
     def _mix_own_pictures(self, batch: Batch) -> Batch:
         """Let some scenes go on from what the averaged model drew; what a turn adds stays the same."""

@@ -114,7 +114,7 @@ def _by_id(ids: Mapping[str, int]) -> tuple[str, ...]:
     """The names of a dict from name to id, in the order of their ids."""
     if any(type(index) is not int for index in ids.values()) or sorted(ids.values()) != [*range(len(ids))]:
         raise ValueError(
-            f"names: the ids of {len(ids)} objects must be 0 to {len(ids) - 1}, each once, got {dict(ids)!r}"
+            f"names: the ids of {len(ids)} objects must be 0 to {len(ids) - 1}, each once, got {dict(ids)!r:.120}"
         )
     return tuple(sorted(ids, key=ids.__getitem__))
 

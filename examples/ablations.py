@@ -141,7 +141,7 @@ def main() -> None:
     if unknown:
         parser.error(f"--rows: no row is called {sorted(unknown)}; there are {', '.join(rows)}")
     test = SceneDataset(args.data, "test")
-    lists = [[test.vocabulary.names[i] for i in scene] for scene in test.objects.tolist()]
+    lists = test.lists
     lit = fitted_light(recipes["everything"], args.data, args.out / "light")
     found: dict[str, list[dict[str, float | None]]] = {}
     for seed in range(args.seeds):

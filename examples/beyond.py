@@ -154,7 +154,7 @@ def repeated_objects(run: Experiments, count: int) -> None:
 
 def one_turn_again(run: Experiments, real: SceneDataset, redraws: int, bases: int = 16) -> None:
     """The third object on real pictures of two, many times each: does it vary, and is it right every time?"""
-    scenes = [[real.vocabulary.names[i] for i in ids] for ids in real.objects[:bases].tolist()]
+    scenes = real.lists[:bases]
     pictures = from_uint8(real.pixels[:bases])
     all_scenes = [scene for scene in scenes for _ in range(redraws)]
     before = pictures[:, 1].repeat_interleave(redraws, 0)
@@ -180,7 +180,7 @@ def one_turn_again(run: Experiments, real: SceneDataset, redraws: int, bases: in
 def other_pictures(run: Experiments, real: SceneDataset, count: int, photo: Path | None) -> None:
     """`add` on real pictures of two objects, on plain gray and on photos."""
     size = run.generator.image_size
-    scenes = [[real.vocabulary.names[i] for i in ids] for ids in real.objects[:count].tolist()]
+    scenes = real.lists[:count]
     pictures = from_uint8(real.pixels[:count])
     run.add_row("real pictures of three objects", scenes, pictures[:, 2])
     added = run.draw([scene[2:] for scene in scenes], pictures[:, 1])[:, -1]

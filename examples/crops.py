@@ -58,9 +58,9 @@ def main() -> None:
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:scenes]
     pictures = data.pixels[chosen]
     empty = to_uint8(generator.canvas.remove_objects(from_uint8(pictures[:, 0])))
-    lists = [[data.vocabulary.names[i] for i in scene] for scene in data.objects[chosen].tolist()]
+    lists = data.lists
     drawer = SceneDrawer(generator, generator.vocabulary, 1, "picture", BATCH_SIZE, progress=True)
-    drawn, _ = drawer.draw(lists, chosen.tolist())
+    drawn, _ = drawer.draw([lists[i] for i in chosen.tolist()], chosen.tolist())
     sets = [squares(torch.cat((empty[:, None], pictures), 1)), squares(as_real(drawn, generator).pictures)]
     if args.view == "gray":
         sets = [x.float().mean(2, keepdim=True).round().to(torch.uint8).expand_as(x) for x in sets]

@@ -128,7 +128,7 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
 
 def scene_targets(data: SceneDataset) -> Tensor:
     """What stands in each picture: (S, T, K) multi-hot, the objects of this turn and of the turns before."""
-    return F.one_hot(data.objects, len(data.vocabulary)).float().cumsum(1)
+    return F.one_hot(data.objects, len(data.vocabulary)).float().cummax(1).values
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from condgan import GeneratorConfig, IterativeGenerator
 from condgan.batches import TrainingScenes
-from condgan.counter import STRIDE, ObjectCounter, find_centres, match_places
+from condgan.counter import STRIDE, ObjectCounter, ObjectCounterConfig, find_centres, match_places
 from condgan.datasets import SceneDataset, augment_scene
 from condgan.functional import changed_region, local_mean, place_map, place_of_change
 from condgan.images import from_uint8
@@ -300,10 +300,13 @@ def main() -> None:
     start = time.time()
     train = SceneDataset(args.data, "train", HALF)
     light_components = min(16, len(train) // 2)
-    generator = IterativeGenerator(GeneratorConfig(width=4, output="blend", light_components=light_components))
+    size, names = train.pixels.shape[-1], train.vocabulary.names
+    generator = IterativeGenerator(
+        GeneratorConfig(image_size=size, objects=names, width=4, output="blend", light_components=light_components)
+    )
     scenes = read_scenes(train, generator, fit_canvas=True)
     validation = read_scenes(SceneDataset(args.data, "validation"), generator, fit_canvas=False)
-    model = ObjectCounter().to(memory_format=torch.channels_last)
+    model = ObjectCounter(ObjectCounterConfig(image_size=size)).to(memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps, pct_start=0.1)

@@ -44,6 +44,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def same_weights_whatever_ran_before() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def short_fit_of_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end of a run it would take longer than the runs of these tests."""
     monkeypatch.setattr(calibration, "PLACE_EPOCHS", 1)

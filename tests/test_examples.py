@@ -25,6 +25,7 @@ from condgan import (
     IterativeGenerator,
     NoiseEncoder,
     NoiseEncoderConfig,
+    ObjectCounter,
     SceneClassifier,
     calibration,
     evaluation,
@@ -80,6 +81,13 @@ def test_train_learns_names_turns_and_size_of_the_data(
     config = IterativeGenerator.from_pretrained(tmp_path / "model").config
     names = SceneDataset(other_objects).vocabulary.names
     assert config == GeneratorConfig(image_size=32, width=4, objects=names, num_turns=2)
+
+
+def test_the_counter_is_trained_on_pictures_of_any_size(
+    other_objects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "train_counter.py", "--data", other_objects, "--steps", 2, "--out", tmp_path / "counter")
+    assert ObjectCounter.from_pretrained(tmp_path / "counter").config.image_size == 32
 
 
 @pytest.mark.parametrize(

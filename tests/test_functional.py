@@ -232,6 +232,12 @@ def test_sequences_of_no_tensors_are_refused(encoder: ConditionRNN, conditions: 
         roll_conditions(encoder, conditions, hidden)
 
 
+def test_multi_hots_may_be_bytes(encoder: ConditionRNN) -> None:
+    objects = padded(one_hot_scenes(torch.float64), 4)
+    as_bytes, _ = roll_conditions(lambda x, hidden: encoder(x.double(), hidden), objects.byte())
+    assert torch.equal(as_bytes, roll_conditions(encoder, objects)[0])
+
+
 def test_sequences_may_come_one_by_one(encoder: ConditionRNN) -> None:
     expected = roll_conditions(encoder, one_hot_scenes(torch.float64))[0]
     assert torch.equal(roll_conditions(encoder, (x for x in one_hot_scenes(torch.float64)))[0], expected)

@@ -21,7 +21,7 @@ from tiny import COMPACT, lively_generator
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from condgan import models
+from condgan import ObjectCounterConfig, SceneClassifierConfig, models
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.functional import encode_objects, window_corners
 from condgan.layers import ConditionalBatchNorm2d, ConditionProjector, DisBlock, GenBlock
@@ -73,11 +73,6 @@ NOISE_ENCODERS = [
     NoiseEncoderConfig(width=4, z_dim=5, places=True),
     NoiseEncoderConfig(image_size=32, width=4, z_dim=6),
 ]
-
-
-@pytest.fixture(autouse=True)
-def same_weights_whatever_ran_before() -> None:
-    torch.manual_seed(0)
 
 
 def config_name(config: GeneratorConfig | DiscriminatorConfig | NoiseEncoderConfig) -> str:
@@ -1378,3 +1373,23 @@ def test_networks_pass_the_device_meta(config: str | None) -> None:
         drawn = networks[0](torch.zeros(2, preset.generator.z_dim), condition, pictures, place)
         assert drawn.shape == (2, 3, 64, 64)
         assert networks[1](pictures, drawn, condition, place).logits.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value", "message"),
+    [
+        (GeneratorConfig, "places", "no", "places must be bool, got 'no'"),
+        (GeneratorConfig, "mapping", 0, "mapping must be bool, got 0"),
+        (GeneratorConfig, "objects", "red cube", r"objects must be tuple\[str, ...\], got 'red cube'"),
+        (DiscriminatorConfig, "spectral_norm", None, "spectral_norm must be bool, got None"),
+        (NoiseEncoderConfig, "places", 1, "places must be bool, got 1"),
+        (SceneClassifierConfig, "stem", "smal", r"stem must be Literal\['imagenet', 'small'\], got 'smal'"),
+        (SceneClassifierConfig, "image_size", 64.5, "image_size must be int, got 64.5"),
+        (SceneClassifierConfig, "blocks", (1, 1, 1, 0), r"widths and blocks must be at least 1, got .* \(1, 1, 1, 0\)"),
+        (ObjectCounterConfig, "widths", (16, 0), r"widths must be at least 1, got \(16, 0\)"),
+        (ObjectCounterConfig, "image_size", 1.5, "image_size must be int, got 1.5"),
+    ],
+)
+def test_fields_of_configs_are_of_their_types(config: type[Any], field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**{field: value})

@@ -100,6 +100,10 @@ def test_the_import_check_sees_what_it_should(source: str, wrong: bool) -> None:
 
 def test_every_module_has_its_group() -> None:
     assert set(modules()) <= set(LEVEL), "a new module needs a place in GROUPS"
+    page = (PACKAGE.parent / "docs" / "style.md").read_text()
+    groups = re.search(r"^`vocab .*?`cli`$", page, re.DOTALL | re.MULTILINE)
+    assert groups, "the groups stand in docs/style.md"
+    assert set(re.findall(r"\w+", groups[0])) == set(modules()) - {"__init__", "__main__"}
 
 
 @pytest.mark.parametrize("module", modules())

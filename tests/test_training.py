@@ -246,7 +246,11 @@ def test_empty_scenes_are_made_on_the_device_of_the_canvas() -> None:
     """Tensors without numbers stand for those of a GPU: they know where they would be."""
     with FakeTensorMode():
         generator = SimpleNamespace(
-            canvas=Canvas(64, 2).to("cuda"), light=None, config=GeneratorConfig(light_components=2)
+            canvas=Canvas(64, 2).to("cuda"),
+            light=None,
+            config=GeneratorConfig(light_components=2),
+            vocabulary=Vocabulary(),
+            image_size=64,
         )
         pixels = torch.zeros(5, 3, 3, 64, 64, dtype=torch.uint8)
         data = SimpleNamespace(pixels=pixels, objects=torch.zeros(5, 3), vocabulary=Vocabulary())
