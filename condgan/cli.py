@@ -28,6 +28,7 @@ from condgan import __version__
 if TYPE_CHECKING:
     from condgan.hub import PretrainedModel
     from condgan.presets import TrainConfig
+    from condgan.realism import RealismReport
     from condgan.requests import Place
     from condgan.results import Drawing
 
@@ -44,6 +45,8 @@ class Report(NamedTuple):
     """What ``--json`` prints."""
     text: str
     """What is printed without it."""
+    lost: str = ""
+    """What could not be written after all, though there is a report."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = args.run(args)
         if rank == 0:
             print(json.dumps(report.data, allow_nan=False) if args.json else report.text, flush=True)
+        if report.lost:
+            print(f"{name}: error: {report.lost}", file=sys.stderr)
+            return EXIT_FAILED
     except KeyboardInterrupt:
         if rank == 0:
             print(f"{name}: interrupted{args.after_interrupt}", file=sys.stderr)
@@ -420,12 +426,8 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _evaluate(args: argparse.Namespace) -> Report:
-    from condgan.evaluation import evaluate
-    from condgan.models import IterativeGenerator
-    from condgan.realism import realism_report
     from condgan.results import check_picture_path, save_image
 
-    realism = None
     if args.conditions is None and not args.realism:
         args.parser.error("the following arguments are required: --conditions (or --realism)")
     if args.realism and args.data is None:
@@ -441,46 +443,72 @@ def _evaluate(args: argparse.Namespace) -> Report:
         args.parser.error(f"argument --sheet: {str(args.sheet)!r} is not a .png file in a folder that is there")
     if args.sheet:
         check_picture_path(args.sheet)
+    lost, found = "", None
+    try:  # the file is opened first: nobody wants to hear after an hour that it cannot be written
+        with _written_whole(args.out) if args.out else contextlib.nullcontext() as file:
+            found = _measured(args)
+            if file:
+                file.write(json.dumps(found.data, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        if found is None:
+            raise
+        lost = f"--out: {str(args.out)!r} cannot be written ({error.strerror}); all that was measured is printed"
+    if args.sheet and found.realism is not None:
+        try:
+            save_image(found.realism.sheet(), args.sheet, {"realism": found.realism.to_dict()})
+        except OSError as error:
+            lost = str(error)
+    return Report(found.data, found.text, lost)
+
+
+class Measured(NamedTuple):
+    """What ``condgan evaluate`` has found."""
+
+    data: dict[str, Any]
+    text: str
+    realism: RealismReport | None
+
+
+def _measured(args: argparse.Namespace) -> Measured:
+    """Both parts of an evaluation, or the one that is asked for."""
+    from condgan.evaluation import evaluate
+    from condgan.models import IterativeGenerator
+    from condgan.realism import realism_report
+
     model_name = args.model or IterativeGenerator.default_pretrained
     data: dict[str, Any] = {"model": model_name}
-    texts = []
-    # The file is opened first: nobody wants to hear after an hour that it cannot be written.
-    with _written_whole(args.out) if args.out else contextlib.nullcontext() as file:
-        generator = IterativeGenerator.from_pretrained(args.model).to(args.device)
-        progress = sys.stderr.isatty()
-        if args.conditions is not None:
-            report = evaluate(
-                generator,
-                args.conditions,
-                draws=args.draws or DRAWS,
-                judge=args.judge or "judge",
-                counter=args.counter or "counter",
-                data=args.data,
-                best_of=args.best_of,
-                redraw=args.redraw,
-                seed=args.seed,
-                progress=progress,
-                model_name=model_name,
-            )
-            data |= report.to_dict()
-            texts.append(str(report))
-        if args.realism:
-            realism = realism_report(
-                generator,
-                args.data,
-                first_seed=args.seed,
-                best_of=args.best_of,
-                redraw=args.redraw,
-                progress=progress,
-                model_name=model_name,
-            )
-            data["realism"] = realism.to_dict()
-            texts.append(str(realism))
-        if file:
-            file.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
-    if args.sheet and realism is not None:
-        save_image(realism.sheet(), args.sheet, {"realism": realism.to_dict()})
-    return Report(data, "\n\n".join(texts))
+    texts, realism = [], None
+    generator = IterativeGenerator.from_pretrained(args.model).to(args.device)
+    progress = sys.stderr.isatty()
+    if args.conditions is not None:
+        report = evaluate(
+            generator,
+            args.conditions,
+            draws=args.draws or DRAWS,
+            judge=args.judge or "judge",
+            counter=args.counter or "counter",
+            data=args.data,
+            best_of=args.best_of,
+            redraw=args.redraw,
+            seed=args.seed,
+            progress=progress,
+            model_name=model_name,
+        )
+        data |= report.to_dict()
+        texts.append(str(report))
+    if args.realism:
+        realism = realism_report(
+            generator,
+            args.data,
+            first_seed=args.seed,
+            best_of=args.best_of,
+            redraw=args.redraw,
+            progress=progress,
+            model_name=model_name,
+        )
+        data["realism"] = realism.to_dict()
+        texts.append(str(realism))
+    return Measured(data, "\n\n".join(texts), realism)
 
 
 @contextlib.contextmanager

@@ -188,7 +188,8 @@ class SceneDataset(Dataset[SceneRecord]):
         ]
         self.names = [names[i] for i in keep]
         self.objects = ids[keep]  # (S, T)
-        self.pixels = torch.from_numpy(pixels if len(keep) == len(names) else pixels[keep])  # (S, T, 3, H, W)
+        self._rows = keep
+        self.pixels = _rows_of(pixels, keep)  # (S, T, 3, H, W)
         if verify:
             self.verify()
 
@@ -205,6 +206,18 @@ class SceneDataset(Dataset[SceneRecord]):
         objects = torch.nn.functional.one_hot(self.objects[index], len(self.vocabulary)).float()
         return SceneRecord(images, objects, self.names[index])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the pixels: another process, such as a worker of a loader, reads them from the disk."""
+        return {name: value for name, value in vars(self).items() if name != "pixels"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        index = read_index(self.path)
+        if index.sha256 != self._sha256:
+            raise DatasetError(f"{self.path} was prepared anew since this data set was opened: open it again")
+        shape = (*index.objects.shape, 3, index.image_size, index.image_size)
+        self.pixels = _rows_of(_map_pixels(self.path, shape), self._rows)
+
     def without(self, names: Sequence[str]) -> SceneDataset:
         """The scenes that hold none of these objects, as a data set of their own; its vocabulary is the whole one.
 
@@ -219,6 +232,7 @@ class SceneDataset(Dataset[SceneRecord]):
         keep = ~torch.isin(self.objects, left_out).any(1)  # (S,)
         rest = copy.copy(self)
         rest.names = [name for name, kept in zip(self.names, keep.tolist(), strict=True) if kept]
+        rest._rows = [row for row, kept in zip(self._rows, keep.tolist(), strict=True) if kept]
         rest.objects, rest.pixels = self.objects[keep], self.pixels[keep]
         return rest
 
@@ -315,6 +329,11 @@ def _map_pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
             "run `condgan prepare` again"
         )
     return pixels
+
+
+def _rows_of(pixels: NDArray[np.uint8], rows: list[int]) -> Tensor:
+    """Some scenes of a packed file; of all of them nothing is read yet."""
+    return torch.from_numpy(pixels if len(rows) == len(pixels) else pixels[rows])
 
 
 # --- augmentation -------------------------------------------------------------------------------------------------

@@ -154,7 +154,15 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
         yield Ranks(device=own_device(device))
         return
     own = own_device(device)
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=PATIENCE)
+    from torch.distributed.distributed_c10d import PrefixStore  # PyTorch may be built without
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(count):
+        # After a restart on one machine they meet in the same store, which has the addresses of those that died.
+        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if own.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
     agreed = False
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), own)

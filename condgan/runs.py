@@ -247,7 +247,13 @@ def _load_sources(
             raise ValueError(f"{name}: {source!r} was given, but this run reconstructs nothing and has no such network")
         pretrained = type(network).from_pretrained(source)
         if pretrained.config != network.config:
-            raise ValueError(f"{name}: {source!r} has the configuration {pretrained.config}, the run {network.config}")
+            theirs, ours = dataclasses.asdict(pretrained.config), dataclasses.asdict(network.config)
+            differing = [
+                f"{key} is {theirs[key]!r} there and {value!r} in this run (--set)"
+                for key, value in ours.items()
+                if value != theirs[key]
+            ]
+            raise ValueError(f"{name}: {source!r} is of another architecture: {', '.join(differing)}")
         network.load_state_dict(pretrained.state_dict())
     if generator.correction is not None:
         generator.correction.clear_()  # measured for other weights: these are to do without, and it is measured anew
@@ -277,7 +283,11 @@ def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:
             f"run `condgan prepare DATA_DIR --image-size {size}`"
         )
     if dataset.vocabulary.names != objects:
-        raise ValueError(f"data: its objects are {dataset.vocabulary.names}, the configuration names {objects}")
+        names = ",".join(dataset.vocabulary.names)
+        raise ValueError(
+            f"data: its objects are {dataset.vocabulary.names}, the configuration names {objects}: give "
+            f'--set generator.objects="{names}" --set discriminator.objects="{names}"'
+        )
     turns = dataset.objects.shape[1]
     if turns != config.generator.num_turns:
         raise ValueError(
@@ -344,7 +354,10 @@ def _save_checkpoint(trainer: Trainer, path: Path, scenes: str) -> None:
     metadata = {"config": json.dumps(config), "counters": json.dumps(counters), "scenes": scenes}
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.touch()
+        rights = partial.stat().st_mode  # of any new file; safetensors makes one that only its owner can read
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+        partial.chmod(rights)
         os.replace(partial, path)
     except (SafetensorError, OSError) as error:
         with contextlib.suppress(OSError):

@@ -128,6 +128,7 @@ def draw_set(
     description = {"pictures": total, "list": file_sha256(source), "model": _digest_of_model(generator)}
     description |= {"num_images": num_images, "seed": seed, "best_of": best_of, "redraw": redraw}
     _claim(out, description | {"batch_size": batch_size, "shard_size": shard_size})
+    _remove_abandoned(out)
     at_once = pictures_at_once(generator, batch_size)
     together = max(CHUNK // at_once, 1) * at_once
     shards = -(-total // shard_size)
@@ -267,18 +268,22 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _new_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """A tar file that gets its name when the block ends well; what a killed process left of it is removed.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    for left in path.parent.glob(f".{path.name}-*"):
+def _remove_abandoned(out: Path) -> None:
+    """What killed processes have left of tar files, an hour ago or more."""
+    for left in out.glob(".*.tar-*"):
         with contextlib.suppress(OSError):  # another process is at it or has just ended, or another user has left it
             times = [file.stat().st_mtime for file in (left, *left.iterdir())]
             if time.time() - max(times) > ABANDONED:
                 shutil.rmtree(left)
+
+
+@contextlib.contextmanager
+def _new_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """A tar file that gets its name when the block ends well.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     try:
         with replacing(path) as partial, tarfile.open(partial, "w") as tar:
             yield tar

@@ -299,6 +299,9 @@ def main() -> None:
     rng = torch.Generator().manual_seed(SEED)
     start = time.time()
     train = SceneDataset(args.data, "train", HALF)
+    for split in ("train", "validation", "test"):
+        if not len(SceneDataset(args.data, split, HALF if split == "train" else None)):
+            parser.error(f"--data: there is no scene of the {split} split to learn from: prepare more scenes")
     light_components = min(16, len(train) // 2)
     size, names = train.pixels.shape[-1], train.vocabulary.names
     generator = IterativeGenerator(

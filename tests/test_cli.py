@@ -866,6 +866,16 @@ def test_a_sheet_that_cannot_be_written_costs_no_report(
     assert not Path("report.json").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux that takes nothing")
+def test_a_full_disk_costs_no_report(run: Run, iclevr: Path, models: Path) -> None:
+    """It may fill while the pictures are drawn."""
+    argv = ("evaluate", models / "plain", "--conditions", iclevr / "test.json", "--draws", 1)
+    outcome = run(*argv, "--judge", models / "verifier", "--out", "/dev/full", "--json")
+    assert outcome.status == 1
+    assert "error: --out: '/dev/full' cannot be written (No space left on device); all that was" in outcome.err
+    assert json.loads(outcome.out)["pictures"] > 0
+
+
 def test_evaluate_prints_a_table(run: Run, iclevr: Path, models: Path) -> None:
     argv = (
         "evaluate",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -442,3 +444,19 @@ def test_no_shift_leaves_only_mirrors() -> None:
 def test_bad_shapes_are_named(images: Tensor, places: Tensor | None, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         augment_scene(images, torch.Generator(), places)
+
+
+def test_other_processes_read_the_pictures_from_the_disk(packed: Path) -> None:
+    """What is sent to a worker that is no fork is small, and holds the same scenes."""
+    for dataset in (SceneDataset(packed), SceneDataset(packed, "train"), SceneDataset(packed).without("red cube")):
+        sent = pickle.dumps(dataset)
+        assert len(sent) < dataset.pixels.numel() / 2
+        received = pickle.loads(sent)
+        assert received.names == dataset.names
+        assert torch.equal(received.pixels, dataset.pixels)
+        assert torch.equal(received[0].images, dataset[0].images)
+        assert torch.equal(copy.deepcopy(dataset).objects, dataset.objects)
+    index = packed.with_suffix(".json")
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"sha256": "0" * 64}))
+    with pytest.raises(DatasetError, match="was prepared anew since this data set was opened"):
+        pickle.loads(sent)

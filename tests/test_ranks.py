@@ -273,3 +273,32 @@ def test_the_command_under_torchrun_speaks_once(data: Path, tmp_path: Path) -> N
     run = subprocess.run([*command, *small, "--accumulate", "2"], capture_output=True, text=True)
     assert run.returncode != 0
     assert "condgan train, rank 1: error: batch_scenes is 3, too few for 2 ranks with 2 parts each" in run.stderr
+
+
+RESTARTED = """
+import os, signal
+from condgan.ranks import joined
+with joined("cpu") as ranks:
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and not ranks.leads:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.any(True)
+    if ranks.leads:
+        print("met again" if not first else "first", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_restarted_ranks_meet_again(tmp_path: Path) -> None:
+    """Those of the first attempt have left their addresses behind."""
+    (tmp_path / "restarted.py").write_text(RESTARTED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*launch, tmp_path / "restarted.py"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("met again") == 1
