@@ -20,11 +20,10 @@ from condgan import images as pictures
 from condgan.canvas import Canvas
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.correction import ANSWERS, EDGE, FirstTurnCorrection
-from condgan.derived import Derived, is_eager
 from condgan.drawing import Redraw
 from condgan.functional import crop, paste
 from condgan.hub import PretrainedModel
-from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, is_plain, normalised
+from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised
 from condgan.light import SceneLight
 from condgan.parts import (
     ConditionRNN,
@@ -109,7 +108,9 @@ class IterativeGenerator(PretrainedModel):
 
         self.c_proj = nn.Linear(config.condition_dim, config.condition_dim)
         self.l0 = nn.Linear(config.z_dim + config.condition_dim, widths[0] * self.coarsest**2)
-        self._l0_transposed = Derived(_transposed)
+        # The largest weight, read once a picture: with the inputs' rows one after the other in a third of the time.
+        self.l0.weight = nn.Parameter(self.l0.weight.detach().T.contiguous().T)
+        self.register_state_dict_post_hook(_in_order)  # type: ignore[no-untyped-call]
         for i, extra in enumerate([0, *joined]):
             setattr(self, f"block{i + 1}", GenBlock(widths[i] + extra, widths[i + 1], norm_dim))
         self.num_blocks = num_blocks
@@ -249,7 +250,7 @@ class IterativeGenerator(PretrainedModel):
         if light is not None:
             norm_condition = torch.cat((norm_condition, light.to(condition.dtype)), 1)
 
-        x = self._coarsest_map(torch.cat((code, self.c_proj(condition)), 1))
+        x = self.l0(torch.cat((code, self.c_proj(condition)), 1)).unflatten(1, (-1, self.coarsest, self.coarsest))
         x = x.contiguous(memory_format=torch.channels_last)
         for i in range(self.num_blocks):
             if i == 1 or (i > 1 and self.config.output == "blend"):
@@ -263,14 +264,6 @@ class IterativeGenerator(PretrainedModel):
         drawn, mask, faint = x.split((3, 1, 3), 1)
         blended = torch.lerp(prev_image, self.tanh(drawn), mask.sigmoid())
         return blended.add(faint, alpha=pictures.LEVEL).clamp(-1, 1)
-
-    def _coarsest_map(self, x: Tensor) -> Tensor:
-        """What the first block starts from: (N, z_dim + condition_dim) to (N, C, coarsest, coarsest)."""
-        if torch.is_grad_enabled() or x.device.type != "cpu" or not (is_eager() and is_plain(self.l0)):
-            x = self.l0(x)
-        else:  # the largest weight, read once a picture: faster with the weights of an input one after the other
-            x = torch.addmm(self.l0.bias, x, self._l0_transposed(self.l0.weight))
-        return x.unflatten(1, (-1, self.coarsest, self.coarsest))
 
     def generate(
         self,
@@ -390,8 +383,9 @@ class DiscriminatorOutput(NamedTuple):
     """(N, K): which object was added."""
 
 
-def _transposed(weight: Tensor) -> Tensor:
-    return weight.T.contiguous()
+def _in_order(generator: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """Of a state dict, which other libraries store as it lies in memory: ``l0.weight`` with its rows in order."""
+    state[f"{prefix}l0.weight"] = state[f"{prefix}l0.weight"].contiguous()
 
 
 class DiffDiscriminator(PretrainedModel):
