@@ -304,7 +304,7 @@ def looks(drawn: Tensor, real: Tensor, *, intervals: bool = True) -> dict[str, S
     Returns:
         ``frechet_distance`` and ``kernel_distance`` of all pictures; ``precision``, ``recall``, ``density`` and
         ``coverage`` of each scene's last. Fewer than three scenes have the first only, without an interval; a
-        single picture has none.
+        single picture has none. Neighbourhoods have intervals where half of the scenes can fill one.
     """
 
     def distance(samples: Sequence[Tensor]) -> list[float]:
@@ -328,7 +328,7 @@ def looks(drawn: Tensor, real: Tensor, *, intervals: bool = True) -> dict[str, S
     scores["kernel_distance"] = Score(kernel.with_noise, (near, kernel.with_noise + far), pictures)
     for name, value in zip(metrics.NeighbourScores._fields, neighbours(samples), strict=True):
         scores[name] = Score(value, None, num_scenes)
-    if intervals:
+    if intervals and num_scenes // 2 > NEIGHBOURS:
         for name, (low, high) in zip(metrics.NeighbourScores._fields, by_halves(neighbours, samples), strict=True):
             scores[name] = scores[name]._replace(ci95=(low, high if name == "density" else min(high, 1.0)))
     return scores

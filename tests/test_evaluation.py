@@ -511,10 +511,7 @@ def test_pictures_that_are_real_ones_are_on_the_floor(score: Score, packed: Path
         assert lighter.measures[name].drawn > report.measures[name].drawn + 0.1, name
     low, high = lighter.measures["frechet_distance"].ci95
     assert low < lighter.measures["frechet_distance"].drawn < high
-    for name in ("precision", "recall", "density", "coverage"):
-        low, high = lighter.measures[name].ci95
-        assert 0 <= low <= lighter.measures[name].drawn <= high, name
-        assert high <= 1 or name == "density"
+    assert lighter.measures["coverage"].ci95 is None, "half of 8 scenes fill no neighbourhood"
     for name in LOOKS:
         assert report.is_told(name), name
 

@@ -218,6 +218,19 @@ def test_a_single_picture_has_no_look() -> None:
     assert looks(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)).keys() == {"frechet_distance"}
 
 
+@pytest.mark.parametrize(("scenes", "sure"), [(3, False), (11, False), (12, True)])
+def test_few_scenes_have_neighbourhoods_without_intervals(scenes: int, sure: bool) -> None:
+    drawn, real = torch.randn(2, scenes, 2, 4, generator=torch.Generator().manual_seed(0))
+    scores = looks(drawn, real)
+    for name in metrics.NeighbourScores._fields:
+        value, interval, _ = scores[name]
+        assert value is not None
+        assert (interval is not None) == sure
+        if interval is not None:
+            assert 0 <= interval[0] <= value <= interval[1], name
+            assert interval[1] <= 1 or name == "density"
+
+
 def test_diversity_by_real_pairs_is_as_unsure_as_few_lists_make_it() -> None:
     """Real pictures of many lists of one object, each with two pictures; and of one list of two."""
     rng = torch.Generator().manual_seed(0)
