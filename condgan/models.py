@@ -110,7 +110,6 @@ class IterativeGenerator(PretrainedModel):
         self.l0 = nn.Linear(config.z_dim + config.condition_dim, widths[0] * self.coarsest**2)
         # The largest weight, read once a picture: with the inputs' rows one after the other in a third of the time.
         self.l0.weight = nn.Parameter(self.l0.weight.detach().T.contiguous().T)
-        self.register_state_dict_post_hook(_in_order)  # type: ignore[no-untyped-call]
         for i, extra in enumerate([0, *joined]):
             setattr(self, f"block{i + 1}", GenBlock(widths[i] + extra, widths[i + 1], norm_dim))
         self.num_blocks = num_blocks
@@ -381,11 +380,6 @@ class DiscriminatorOutput(NamedTuple):
     """(N,) unbounded, positive means real."""
     object_logits: Tensor
     """(N, K): which object was added."""
-
-
-def _in_order(generator: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
-    """Of a state dict, which other libraries store as it lies in memory: ``l0.weight`` with its rows in order."""
-    state[f"{prefix}l0.weight"] = state[f"{prefix}l0.weight"].contiguous()
 
 
 class DiffDiscriminator(PretrainedModel):
