@@ -37,6 +37,7 @@ from condgan.measures import (
     place_errors,
     quantile,
     quotient,
+    real_diversity,
     retention,
     rightness,
     scene_layout,
@@ -305,8 +306,9 @@ def _measure_surroundings(drawn: Scenes, num_lists: int, real: RealScenes | None
 
 def _measure_diversity(drawn: Scenes, num_lists: int, real: RealScenes | None) -> dict[str, Measure]:
     objects = drawn.asked[:, -1].unflatten(0, (num_lists, -1))[:, 0]  # (L, K)
+    of_lists = {} if real is None else real_diversity(real.turns)
     of_drawn, of_empty = (
-        diversity(pictures.unflatten(0, (num_lists, -1)), objects, () if real is None else real.turns)
+        diversity(pictures.unflatten(0, (num_lists, -1)), objects, of_lists)
         for pictures in (drawn.final, drawn.pictures[:, 0])
     )
     of_real = {"diversity": of_drawn.pop("diversity_real", NOTHING), "diversity_ratio": ONE}

@@ -222,14 +222,14 @@ def scene_layout(scenes: Scenes, vocabulary: Vocabulary) -> Layout:
     return measure_layout(from_uint8(scenes.pictures), scenes.present.sum(1), cubes)
 
 
-def diversity(final: Tensor, objects: Tensor, real: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Score]:
+def diversity(final: Tensor, objects: Tensor, of_lists: dict[int, Tensor]) -> dict[str, Score]:
     """How far the draws of one list are apart, and real pictures of one list.
 
     Args:
         final: (L, D, 3, H, W) uint8, D draws of L lists; one draw has no diversity.
         objects: (L, K) multi-hot.
-        real: real scenes that may hold equal lists, in parts: the pictures after each turn, (R, T, 3, H, W) uint8, and
-            what it added, (R, T, K) 0 or 1; empty leaves ``diversity_real`` and ``diversity_ratio`` out.
+        of_lists: what :func:`real_diversity` says of real scenes; empty leaves ``diversity_real`` and
+            ``diversity_ratio`` out.
 
     Returns:
         ``diversity`` in grey levels; ``diversity_real``, over the lists of sizes of which real pairs exist, its
@@ -240,7 +240,7 @@ def diversity(final: Tensor, objects: Tensor, real: Sequence[tuple[Tensor, Tenso
     drawn = torch.tensor([metrics.diversity(from_uint8(pictures)) for pictures in final])
     pairs = final.shape[1] * (final.shape[1] - 1) // 2
     scores = {"diversity": ratio(drawn, torch.ones(len(drawn)), len(drawn), samples=len(drawn) * pairs)}
-    sizes, of_lists = objects.sum(1).long(), _diversity_of_lists(real)
+    sizes = objects.sum(1).long()
     comparable = torch.tensor([int(size) in of_lists for size in sizes])
     if comparable.any():
         aims, mean = _aims(sizes[comparable], of_lists)
@@ -259,11 +259,18 @@ def _divided(score: Score, divisor: float) -> Score:
     return Score(score.value / divisor, (low / divisor, high / divisor), score.samples)
 
 
-def _diversity_of_lists(real: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
-    """For each number of objects (G, 2) float64: sum of distances of the pairs of each group, and their number.
+def real_diversity(real: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+    """How far real pictures of one list are apart.
 
-    Pairs are of real pictures that hold the same objects and began with the same one: that stands in the middle, and
-    where another does, pictures are farther apart than draws of one list can be.
+    Pairs are of pictures that hold the same objects and began with the same one: that stands in the middle, and where
+    another does, pictures are farther apart than draws of one list can be.
+
+    Args:
+        real: scenes that may hold equal lists, in parts: the pictures after each turn, (R, T, 3, H, W) uint8, and what
+            it added, (R, T, K) 0 or 1.
+
+    Returns:
+        For each number of objects (G, 2) float64: sum of distances of the pairs of each group, and their number.
     """
     groups: dict[tuple[int, tuple[float, ...]], list[Tensor]] = {}
     for pictures, objects in real:

@@ -299,8 +299,9 @@ def main() -> None:
     rng = torch.Generator().manual_seed(SEED)
     start = time.time()
     train = SceneDataset(args.data, "train", HALF)
-    for split in ("train", "validation", "test"):
-        if not len(SceneDataset(args.data, split, HALF if split == "train" else None)):
+    held_out, last = (SceneDataset(args.data, split) for split in ("validation", "test"))
+    for split, dataset in (("train", train), ("validation", held_out), ("test", last)):
+        if not len(dataset):
             parser.error(f"--data: there is no scene of the {split} split to learn from: prepare more scenes")
     light_components = min(16, len(train) // 2)
     size, names = train.pixels.shape[-1], train.vocabulary.names
@@ -308,7 +309,7 @@ def main() -> None:
         GeneratorConfig(image_size=size, objects=names, width=4, output="blend", light_components=light_components)
     )
     scenes = read_scenes(train, generator, fit_canvas=True)
-    validation = read_scenes(SceneDataset(args.data, "validation"), generator, fit_canvas=False)
+    validation = read_scenes(held_out, generator, fit_canvas=False)
     model = ObjectCounter(ObjectCounterConfig(image_size=size)).to(memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
@@ -335,7 +336,7 @@ def main() -> None:
     counter = ObjectCounter(dataclasses.replace(trained.config, threshold=threshold)).eval()
     counter.load_state_dict(trained.state_dict())
     counter.save_pretrained(args.out, dtype=torch.float16)
-    test = read_scenes(SceneDataset(args.data, "test"), generator, fit_canvas=False)
+    test = read_scenes(last, generator, fit_canvas=False)
     print(json.dumps({"split": "test", "threshold": threshold} | score(counter, test)))
 
 

@@ -23,6 +23,7 @@ from condgan.measures import (
     quantile,
     quotient,
     ratio,
+    real_diversity,
     retention,
     rightness,
     surroundings,
@@ -206,11 +207,11 @@ def test_real_pairs_of_diversity_have_one_order() -> None:
     for number, grey in enumerate((10, 90, 30, 50, 0)):
         scenes.pictures[number, 1:] = grey
     final, objects = torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8), torch.tensor([[1.0, 1, 0, 0]])
-    score = diversity(final, objects, [(scenes.pictures[:, 1:], scenes.objects)])["diversity_real"]
+    score = diversity(final, objects, real_diversity([(scenes.pictures[:, 1:], scenes.objects)]))["diversity_real"]
     assert score.value == pytest.approx(20)
     parts = [(scenes.pictures[rows, 1:], scenes.objects[rows]) for rows in (slice(2), slice(2, None))]
-    assert diversity(final, objects, parts)["diversity_real"] == score, "pairs are of all parts"
-    assert set(diversity(final, objects, [])) == {"diversity"}
+    assert diversity(final, objects, real_diversity(parts))["diversity_real"] == score, "pairs are of all parts"
+    assert set(diversity(final, objects, real_diversity([]))) == {"diversity"}
 
 
 def test_a_single_picture_has_no_look() -> None:
@@ -241,16 +242,16 @@ def test_diversity_by_real_pairs_is_as_unsure_as_few_lists_make_it() -> None:
     scenes.pictures[0:8, 1:] //= 2  # four lists are darker and vary less
     final = torch.randint(256, (10, 3, 3, 16, 16), generator=rng, dtype=torch.uint8)
     one, two = torch.eye(12)[:10], torch.eye(12)[:10] + torch.eye(12)[1:11]
-    scores = diversity(final, one, real)
+    scores = diversity(final, one, real_diversity(real))
     low, high = scores["diversity_real"].ci95 or (0, 0)
     assert 0.8 < low / (scores["diversity_real"].value or 0) < 0.9 < 1.1 < high / (scores["diversity_real"].value or 0)
     low, high = scores["diversity_ratio"].ci95 or (0, 0)
     assert high - low > 0.25, "draws vary alike: what is unsure is how real pictures do"
-    of_one_list = diversity(final, two, real)
+    of_one_list = diversity(final, two, real_diversity(real))
     assert of_one_list["diversity_ratio"].value is not None
     assert of_one_list["diversity_ratio"].ci95 is None
     scenes.pictures[:] = 0
-    assert "diversity_ratio" not in diversity(final, one, real)
+    assert "diversity_ratio" not in diversity(final, one, real_diversity(real))
 
 
 def test_memorisation_is_not_measured_where_held_out_pictures_are_training_pictures() -> None:
