@@ -1,10 +1,12 @@
-"""What a training run depends on, and the runs that have names."""
+"""What a training run depends on, the runs that have names, and changes to them as texts say them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from math import isfinite
-from typing import get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.losses import OBJECTIVES
@@ -152,3 +154,77 @@ PRESETS: dict[str, TrainConfig] = {
         legibility_weight=3.0,
     ),
 }
+
+
+def find_preset(name: str) -> TrainConfig:
+    """The preset of a name.
+
+    Raises:
+        ValueError: there is none; the message says what the name may have meant.
+    """
+    if name not in PRESETS:
+        raise ValueError(
+            f"unknown preset {name!r}: {_did_you_mean(name, PRESETS)} The presets are {', '.join(PRESETS)}."
+        )
+    return PRESETS[name]
+
+
+def with_fields(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
+    """The config with some fields changed, all at once, each given as ``FIELD=VALUE``.
+
+    Raises:
+        ValueError: there is no such field, or its value does not fit.
+    """
+    hints = _field_types(type(config))
+    parts: dict[str, dict[str, Any]] = {"": {}}
+    for assignment in assignments:
+        field, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"{assignment!r} is not FIELD=VALUE, such as lr_generator=1e-4")
+        if field not in hints:
+            raise ValueError(
+                f"unknown field {field!r}: {_did_you_mean(field, hints)} The fields are those of "
+                "condgan.presets.TrainConfig."
+            )
+        part, _, name = field.rpartition(".")
+        parts.setdefault(part, {})[name] = _field_value(field, text, hints[field])
+    changes = parts.pop("")
+    nested = {part: replace(getattr(config, part), **values) for part, values in parts.items()}
+    return replace(config, **changes, **nested)
+
+
+def _field_types(config_class: Any) -> dict[str, Any]:
+    """Field name -> type; the fields of a config inside the config are called ``generator.width``."""
+    types: dict[str, Any] = {}
+    for name, hint in get_type_hints(config_class).items():
+        if is_dataclass(hint):
+            types |= {f"{name}.{field}": kind for field, kind in _field_types(hint).items()}
+        else:
+            types[name] = hint
+    return types
+
+
+def _field_value(field: str, text: str, hint: Any) -> Any:
+    """The value that a text stands for.
+
+    Raises:
+        ValueError: it does not stand for one of that type.
+    """
+    if get_origin(hint) is tuple:
+        return tuple(_field_value(field, item.strip(), get_args(hint)[0]) for item in text.split(","))
+    if type(None) in get_args(hint):  # such as `str | None`
+        return None if text.lower() == "none" else _field_value(field, text, get_args(hint)[0])
+    words = {"true": True, "false": False} if hint is bool else {word: word for word in get_args(hint)}
+    if words:
+        if text.lower() not in words:
+            raise ValueError(f"{field} must be {' or '.join(words)}, got {text!r}")
+        return words[text.lower()]
+    try:
+        return hint(text)
+    except ValueError:
+        kind = {int: "a whole number", float: "a number"}[hint]
+        raise ValueError(f"{field} must be {kind}, got {text!r}") from None
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    return f"did you mean {difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]!r}?"

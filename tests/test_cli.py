@@ -23,6 +23,7 @@ from scenes import write_iclevr_layout
 
 import condgan
 from condgan import allocator, cli, evaluation, hub, realism, results, runs
+from condgan.arguments import parser
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.cli import main
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
@@ -140,7 +141,7 @@ def test_help_shows_examples_that_parse(command: str, run: Run) -> None:
     lines = [line.strip() for line in examples.splitlines() if line.strip().startswith("condgan ")]
     assert any(line.startswith(f"condgan {command}") for line in lines)
     for line in lines:
-        cli._parser().parse_args(shlex.split(line)[1:])
+        parser().parse_args(shlex.split(line)[1:])
     assert max(map(len, outcome.out.splitlines())) <= 110
 
 
@@ -593,7 +594,7 @@ def test_wrong_numbers_of_processes_are_one_line_of_error(
 
 
 def test_what_json_cannot_say_is_an_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_list", lambda args: cli.Report({"score": math.nan}, ""))
+    monkeypatch.setitem(cli.COMMANDS, "list", lambda args: cli.Report({"score": math.nan}, ""))
     outcome = run("list", "--json")
     assert (outcome.status, outcome.out) == (1, "")
 

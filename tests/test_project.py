@@ -37,7 +37,7 @@ GROUPS = (
     ("scenes", "report", "features", "batches"),
     ("measures", "realism"),
     ("prepare", "training", "evaluation"),
-    ("runs",),
+    ("runs", "arguments"),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -27,11 +27,10 @@ from tiny import RUN, make_trainer
 
 from condgan import DiffDiscriminator, IterativeGenerator, runs, training
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
-from condgan.cli import _with_fields
 from condgan.datasets import SceneDataset, packed_path
 from condgan.models import NoiseEncoder
 from condgan.prepare import prepare
-from condgan.presets import PRESETS
+from condgan.presets import PRESETS, with_fields
 from condgan.runs import CHECKPOINT, RunLog, train
 from condgan.training import Trainer, TrainingDiverged
 from condgan.vocab import Vocabulary
@@ -545,8 +544,8 @@ def test_pictures_without_a_floor_train_with_what_the_error_says(data: Path, tmp
     with pytest.raises(ValueError, match="no empty floor") as caught:
         train(noise, tmp_path, short, device="cpu", progress=False)
     settings = re.findall(r"--set ([^ `]+)", str(caught.value))
-    assert _with_fields(PRESETS["compact"], settings).generator.light_inputs == 0, "they fit the default preset too"
-    train(noise, tmp_path, _with_fields(short, settings), device="cpu", progress=False)
+    assert with_fields(PRESETS["compact"], settings).generator.light_inputs == 0, "they fit the default preset too"
+    train(noise, tmp_path, with_fields(short, settings), device="cpu", progress=False)
     assert IterativeGenerator.from_pretrained(tmp_path / "model").config.light_components == 0
 
 
