@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import threading
 import time
@@ -28,6 +29,8 @@ from condgan.datasets import SceneDataset
 from condgan.devices import cpu_by_default
 from condgan.drawing import draw_turns
 from condgan.files import locked, replacing
+from condgan.functional import changed_region, paste, place_of_change, window_corners
+from condgan.images import from_uint8
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.presets import TrainConfig
 from condgan.ranks import RankLost, Ranks, joined
@@ -39,6 +42,10 @@ CHECKPOINT = "checkpoint.safetensors"
 COUNTERS = ("step", "images", "skipped", "skipped_in_a_row")
 LOG_INTERVAL = 20
 """Steps between two lines of the log, at most: a checkpoint and the end of a run bring a line of their own."""
+WINDOWED_SCENES = 200
+"""So many scenes are looked at to see whether objects fit into windows."""
+OUTSIDE_WINDOWS = 0.02
+"""Share of changed pixels that may lie outside; of i-CLEVR 0 for windows of 32 pixels, 0.011 for 24, 0.178 for 16."""
 
 
 @cpu_by_default()
@@ -108,6 +115,7 @@ def train(
             with joined(device) as ranks:
                 if ranks.leads:
                     _own_folder(out, held)
+                    _warn_of_small_windows(dataset, config)
                 config = _with_light_of(dataset, config, told=ranks.leads)
                 trainer = _ready_trainer(dataset, checkpoint, config, ranks, accumulate, progress and ranks.leads)
                 _run(trainer, out, _scenes_digest(dataset), checkpoint_seconds, progress)
@@ -274,25 +282,52 @@ def _verifier(config: TrainConfig, device: torch.device) -> SceneClassifier | No
 
 
 def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:
+    """Refuse data that the configuration is not for, and say at once all that would have to be set."""
     if len(dataset) == 0:
         raise ValueError("data: the train split has no scenes")
-    size, objects = config.generator.image_size, config.generator.objects
-    if dataset.pixels.shape[-1] != size:
-        raise ValueError(
-            f"data: pictures are {dataset.pixels.shape[-1]} pixels wide, the configuration asks for {size}; "
-            f"run `condgan prepare DATA_DIR --image-size {size}`"
+    ours, names = config.generator, dataset.vocabulary.names
+    size, turns = dataset.pixels.shape[-1], dataset.objects.shape[1]
+    differing: list[str] = []
+    settings: dict[str, Any] = {}
+    if size != ours.image_size:
+        differing.append(
+            f"pictures are {size} pixels wide, the configuration asks for {ours.image_size} (which "
+            f"`condgan prepare DATA_DIR --image-size {ours.image_size}` makes of them)"
         )
-    if dataset.vocabulary.names != objects:
-        names = ",".join(dataset.vocabulary.names)
-        raise ValueError(
-            f"data: its objects are {dataset.vocabulary.names}, the configuration names {objects}: give "
-            f'--set generator.objects="{names}" --set discriminator.objects="{names}"'
-        )
-    turns = dataset.objects.shape[1]
-    if turns != config.generator.num_turns:
-        raise ValueError(
-            f"data: its scenes have {turns} turns, generator.num_turns is {config.generator.num_turns}: "
-            f"set generator.num_turns={turns}, which the trained model will say of itself"
+        settings |= {"generator.image_size": size, "discriminator.image_size": size}
+        if ours.window is not None:
+            window = min(size, 8 * math.ceil(ours.window * size / ours.image_size / 8))
+            settings |= {"generator.window": window, "discriminator.window": window}
+    if names != ours.objects:
+        differing.append(f"its objects are {names}, the configuration names {ours.objects}")
+        settings |= {"generator.objects": ",".join(names), "discriminator.objects": ",".join(names)}
+        if config.legibility_weight and config.verifier == TrainConfig.verifier:
+            settings["legibility_weight"] = 0  # no word of a verifier that knows other objects
+    if turns != ours.num_turns:
+        differing.append(f"its scenes have {turns} turns, generator.num_turns is {ours.num_turns}")
+        settings["generator.num_turns"] = turns
+    if differing:
+        given = " ".join(f"--set {shlex.quote(f'{field}={value}')}" for field, value in settings.items())
+        raise ValueError(f"data: {'; '.join(differing)}. To train a model of such scenes give {given}")
+
+
+def _warn_of_small_windows(dataset: SceneDataset, config: TrainConfig) -> None:
+    """Say if objects are larger than what a turn may change; seen in turns after the first, of some of the scenes."""
+    size, window = config.generator.image_size, config.generator.window
+    if window is None or dataset.objects.shape[1] == 1:
+        return
+    some = from_uint8(dataset.pixels[:WINDOWED_SCENES])
+    before, after = some[:, :-1].flatten(0, 1), some[:, 1:].flatten(0, 1)
+    changed = changed_region(before, after)
+    corners = window_corners(place_of_change(before, after).nan_to_num((size - 1) / 2), size, window)
+    outside = paste(changed[:, None].float(), torch.zeros(len(changed), 1, window, window), corners)
+    share = float(outside.sum() / changed.sum().clamp(min=1))
+    if share > OUTSIDE_WINDOWS:
+        warnings.warn(
+            f"data: {share:.0%} of what turns change lies outside of the windows of {window} pixels around the "
+            f"objects, where the model cannot draw: give larger ones, multiples of 8 up to {size}, such as --set "
+            f"generator.window={size} --set discriminator.window={size}",
+            stacklevel=4,
         )
 
 

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,13 +17,13 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from scenes import write_iclevr_layout
 from tiny import RUN, make_trainer
 
 from condgan import DiffDiscriminator, IterativeGenerator, runs, training
@@ -33,7 +34,7 @@ from condgan.prepare import prepare
 from condgan.presets import PRESETS, with_fields
 from condgan.runs import CHECKPOINT, RunLog, train
 from condgan.training import Trainer, TrainingDiverged
-from condgan.vocab import Vocabulary
+from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -202,19 +203,48 @@ def test_fresh_networks_have_weights_of_all_bits_of_their_seed_and_leave_random_
     assert reseeded == [], "nor is that of GPUs reset"
 
 
-def test_data_of_other_turns_are_refused(tmp_path: Path) -> None:
-    class TwoTurns(SceneDataset):
-        def __init__(self, scenes: SceneDataset) -> None:
-            self.pixels, self.objects, self.vocabulary = scenes.pixels[:, :2], scenes.objects[:, :2], scenes.vocabulary
+def scenes_of(vocabulary: Vocabulary, turns: int, image_size: int) -> SceneDataset:
+    """Scenes as a data set holds them, of which nothing is read but what they are."""
+    scenes = SceneDataset.__new__(SceneDataset)  # no file
+    scenes.names, scenes.vocabulary = ["scene"], vocabulary
+    scenes.objects = torch.zeros(1, turns, dtype=torch.long)
+    scenes.pixels = torch.zeros(1, turns, 3, image_size, image_size, dtype=torch.uint8)
+    return scenes
 
-        def __len__(self) -> int:
-            return len(self.pixels)
 
-    folder = write_iclevr_layout(tmp_path / "iclevr", num_scenes=24)
-    scenes = TwoTurns(SceneDataset(prepare(folder, progress=False).path, "train"))
-    with pytest.raises(ValueError, match=r"data: its scenes have 2 turns, generator\.num_turns is 3: set generator"):
-        train(scenes, tmp_path / "run", RUN, device="cpu", progress=False)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("names", "turns", "size"),
+    [(ICLEVR_OBJECTS, 3, 128), (ICLEVR_OBJECTS, 2, 64), (("big dog", "cat"), 3, 64), (("big dog", "cat"), 5, 32)],
+)
+def test_other_data_are_refused_with_all_that_has_to_be_set(
+    preset: str, names: tuple[str, ...], turns: int, size: int, tmp_path: Path
+) -> None:
+    scenes = scenes_of(Vocabulary(names), turns, size)
+    with pytest.raises(ValueError, match=r"^data: .* To train a model of such scenes give --set") as caught:
+        train(scenes, tmp_path / "run", PRESETS[preset], device="cpu", progress=False)
     assert not (tmp_path / "run").exists()
+    words = shlex.split(str(caught.value).partition(" scenes give ")[2])
+    assert {*words[::2]} == {"--set"}
+    config = with_fields(PRESETS[preset], words[1::2])
+    runs._check_data(scenes, config)
+    assert (config.generator.objects, config.generator.num_turns, config.generator.image_size) == (names, turns, size)
+    assert config.generator.window == (PRESETS[preset].generator.window and {32: 24, 64: 40, 128: 80}[size])
+    assert runs._verifier(config, torch.device("cpu")) is None or names == ICLEVR_OBJECTS
+
+
+@pytest.mark.parametrize(("window", "told"), [(None, False), (16, True), (48, False)])
+def test_windows_that_objects_do_not_fit_into_are_told(
+    window: int | None, told: bool, data: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def windowed(config: Any) -> Any:
+        return dataclasses.replace(config, places=True, window=window)
+
+    config = dataclasses.replace(RUN, generator=windowed(RUN.generator), discriminator=windowed(RUN.discriminator))
+    runs._warn_of_small_windows(SceneDataset(data, "train"), config)
+    assert len(recwarn) == told
+    if told:
+        assert re.search(r"data: \d+% of what turns change lies outside .* windows of 16 pix", str(recwarn[0].message))
 
 
 @pytest.mark.parametrize(
@@ -536,6 +566,7 @@ def test_light_is_lowered_only_where_it_has_to_be_learned_and_cannot_be(data: Pa
 
 
 @pytest.mark.usefixtures("no_recalibration")
+@pytest.mark.filterwarnings("ignore:data. .* lies outside of the windows")
 def test_pictures_without_a_floor_train_with_what_the_error_says(data: Path, tmp_path: Path) -> None:
     noise = copy.copy(SceneDataset(data, "train"))
     rng = torch.Generator().manual_seed(0)
@@ -658,12 +689,3 @@ def test_who_can_read_other_files_can_read_a_checkpoint(data: Path, tmp_path: Pa
     runs._save_checkpoint(make_trainer(data), tmp_path / CHECKPOINT, "")
     (tmp_path / "other").touch()
     assert (tmp_path / CHECKPOINT).stat().st_mode == (tmp_path / "other").stat().st_mode
-
-
-def test_data_with_other_objects_says_how_to_name_them(data: Path, tmp_path: Path) -> None:
-    few = dataclasses.replace(RUN.generator, objects=("big dog",))
-    config = dataclasses.replace(
-        RUN, generator=few, discriminator=dataclasses.replace(RUN.discriminator, objects=("big dog",))
-    )
-    with pytest.raises(ValueError, match=r'give --set generator.objects="gray cube,red cube,.*" --set discriminator'):
-        train(data, tmp_path / "run", config, device="cpu", progress=False)
