@@ -281,7 +281,7 @@ def test_in_a_block_of_steady_weights_they_are_looked_at_once(fails: bool) -> No
         torch.testing.assert_close(block(x, condition), reference.gen_block(block, x, condition))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # PyTorch's own forward mode uses it
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own forward mode uses it
 def test_what_a_block_remembers_does_not_meet_transforms_of_it() -> None:
     """Tensors of ``torch.func`` and of forward-mode derivatives hold no values to compare or to keep."""
     blocks = [make("gen")[0] for _ in range(3)]
