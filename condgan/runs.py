@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
-import os
 import shlex
 import signal
 import threading
@@ -15,20 +12,18 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from condgan.batches import TrainingScenes, own_parts
+from condgan.checkpoints import CHECKPOINT, read_checkpoint, restore, save_checkpoint, scenes_digest
 from condgan.classifier import SceneClassifier
 from condgan.datasets import SceneDataset
 from condgan.devices import cpu_by_default
 from condgan.drawing import draw_turns
-from condgan.files import locked, replacing
+from condgan.files import locked
 from condgan.functional import changed_region, paste, place_of_change, window_corners
 from condgan.images import from_uint8
 from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
@@ -36,12 +31,9 @@ from condgan.presets import TrainConfig
 from condgan.ranks import RankLost, Ranks, joined
 from condgan.requests import fold_seed
 from condgan.results import Drawing
+from condgan.runlog import LOG_INTERVAL, RunLog
 from condgan.training import Trainer, TrainingDiverged
 
-CHECKPOINT = "checkpoint.safetensors"
-COUNTERS = ("step", "images", "skipped", "skipped_in_a_row")
-LOG_INTERVAL = 20
-"""Steps between two lines of the log, at most: a checkpoint and the end of a run bring a line of their own."""
 WINDOWED_SCENES = 200
 """So many scenes are looked at to see whether objects fit into windows."""
 OUTSIDE_WINDOWS = 0.02
@@ -118,7 +110,7 @@ def train(
                     _warn_of_small_windows(dataset, config)
                 config = _with_light_of(dataset, config, told=ranks.leads)
                 trainer = _ready_trainer(dataset, checkpoint, config, ranks, accumulate, progress and ranks.leads)
-                _run(trainer, out, _scenes_digest(dataset), checkpoint_seconds, progress)
+                _run(trainer, out, scenes_digest(dataset), checkpoint_seconds, progress)
             if not ranks.leads:
                 return trainer.ema_generator
             generator = trainer.finish(progress)
@@ -150,7 +142,7 @@ def _ready_trainer(
     """Before the first step, or where the checkpoint left off."""
     own_parts(config.batch_scenes, ranks, accumulate)  # what is wrong is refused before the canvas is fitted
     verifier = _verifier(config, ranks.device)
-    stored = _read_checkpoint(checkpoint, config, _scenes_digest(dataset)) if checkpoint.exists() else None
+    stored = read_checkpoint(checkpoint, config, scenes_digest(dataset)) if checkpoint.exists() else None
     generator, discriminator, noise_encoder = _fresh_networks(config)
     if stored is None:
         _load_sources(config, generator, discriminator, noise_encoder)
@@ -164,7 +156,7 @@ def _ready_trainer(
             network.to(ranks.device)
     trainer = Trainer(config, scenes, generator, discriminator, noise_encoder, ranks, accumulate, verifier)
     if stored is not None:
-        _restore(trainer, stored)
+        restore(trainer, stored)
     ranks.check_same(len(scenes.pixels), "data: not every process sees the same number of scenes")
     ranks.check_same(trainer.step, f"out: not every process sees the same {str(checkpoint)!r}, share the folder")
     for trained in trainer.networks().values():
@@ -200,7 +192,7 @@ def _run(trainer: Trainer, out: Path, scenes: str, checkpoint_seconds: float, pr
             stopped = ranks.any(bool(stop_requests))  # in the same step on every rank
             if log is not None and (stopped or time.monotonic() - saved > checkpoint_seconds):
                 log.write_line()  # first: a log may run ahead of the checkpoint, but not lack what led to it
-                _save_checkpoint(trainer, out / CHECKPOINT, scenes)
+                save_checkpoint(trainer, out / CHECKPOINT, scenes)
                 _save_models(trainer, trainer.export(), out)
                 saved = time.monotonic()
             if stopped:
@@ -208,7 +200,7 @@ def _run(trainer: Trainer, out: Path, scenes: str, checkpoint_seconds: float, pr
                 raise KeyboardInterrupt
         if log is not None:
             log.write_line()
-            _save_checkpoint(trainer, out / CHECKPOINT, scenes)
+            save_checkpoint(trainer, out / CHECKPOINT, scenes)
         if ranks.any(bool(stop_requests)):  # all leave together; from here on no rank needs another
             raise KeyboardInterrupt
 
@@ -354,12 +346,6 @@ def _with_light_of(dataset: SceneDataset, config: TrainConfig, told: bool) -> Tr
     )
 
 
-def _scenes_digest(dataset: SceneDataset) -> str:
-    """SHA-256 of which scenes these are: their names, objects and vocabulary, in order; their pixels are not read."""
-    described = json.dumps([dataset.names, dataset.objects.tolist(), dataset.vocabulary.names])
-    return hashlib.sha256(described.encode()).hexdigest()
-
-
 def _save_models(trainer: Trainer, generator: IterativeGenerator, out: Path) -> None:
     """What the run has come to, and a sheet of drawings."""
     generator.save_pretrained(out / "model")
@@ -370,186 +356,3 @@ def _save_models(trainer: Trainer, generator: IterativeGenerator, out: Path) -> 
     sheet = Drawing(names, list(range(len(names))), None, draw_turns(generator, names, range(len(names))).images)
     (out / "pictures").mkdir(exist_ok=True)
     sheet.grid(columns=6).save(out / "pictures" / f"{trainer.images:09d}.png")
-
-
-def _save_checkpoint(trainer: Trainer, path: Path, scenes: str) -> None:
-    """Write everything that the next step depends on, with the digest of its scenes; whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    tensors = {
-        f"{name}.{key}": value for name, net in trainer.networks().items() for key, value in net.state_dict().items()
-    }
-    for name, optimizer in trainer.optimizers.items():
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in state.items()}
-    counters = {name: getattr(trainer, name) for name in COUNTERS}
-    config = dataclasses.asdict(trainer.config)
-    metadata = {"config": json.dumps(config), "counters": json.dumps(counters), "scenes": scenes}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.touch()
-        rights = partial.stat().st_mode  # of any new file; safetensors makes one that only its owner can read
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
-        partial.chmod(rights)
-        os.replace(partial, path)
-    except (SafetensorError, OSError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise OSError(
-            f"out: cannot write {str(path)!r} ({error}): make room and run the same again, which goes on from the "
-            "checkpoint before, if there is one"
-        ) from error
-
-
-class StoredRun(NamedTuple):
-    """What :func:`_save_checkpoint` wrote."""
-
-    counters: dict[str, int]
-    tensors: dict[str, Tensor]
-
-
-def _restore(trainer: Trainer, stored: StoredRun) -> None:
-    """Go on from a checkpoint: the steps that follow give the numbers they would have given."""
-    tensors = stored.tensors
-    for name, network in trainer.networks().items():
-        prefix = f"{name}."
-        network.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-    for name, optimizer in trainer.optimizers.items():
-        state: dict[int, dict[str, Tensor]] = {}
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        prefix = f"optimizer.{name}."
-        for key, value in tensors.items():
-            if key.startswith(prefix):
-                index, field_name = key[len(prefix) :].split(".")
-                if value.ndim:  # a fused optimizer takes for granted that they lie in memory as the weights do
-                    value = torch.empty_like(weights[int(index)]).copy_(value)
-                state.setdefault(int(index), {})[field_name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for name, count in stored.counters.items():
-        setattr(trainer, name, count)
-
-
-def _read_checkpoint(path: Path, config: TrainConfig, scenes: str) -> StoredRun:
-    """Read a checkpoint of a run.
-
-    Raises:
-        PermissionError: the file may not be read.
-        ValueError: the file is damaged, of no run, or of a run with another ``config`` or other scenes; the message
-            names what differs.
-    """
-    if not os.access(path, os.R_OK):
-        raise PermissionError(f"out: {str(path)!r} is there, but you may not read it: change its permissions")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}): delete it to start the run again") from None
-    if metadata is None or not {"config", "counters"} <= metadata.keys():
-        raise ValueError(f"{str(path)!r} does not say of which run it is: delete it to start the run again")
-    stored, counters = json.loads(metadata["config"]), json.loads(metadata["counters"])
-    if metadata.get("scenes", scenes) != scenes:  # a checkpoint of an older condgan does not say
-        raise ValueError(
-            f"data: the run in {str(path.parent)!r} was trained on other scenes than these: choose another folder "
-            "(--out), or give the same data"
-        )
-    _check_same_run(stored, config, path)  # after the scenes, since few of them lower its light
-    if config.images < min(stored["images"], counters["images"]):
-        raise ValueError(
-            f"{str(path)!r} has seen {counters['images']:,} pictures, more than images={config.images:,}: "
-            "ask for as many or more, or choose another folder"
-        )
-    return StoredRun(counters, tensors)
-
-
-def _check_same_run(stored: dict[str, Any], config: TrainConfig, path: Path) -> None:
-    """A run may be lengthened; nothing else may change between its parts."""
-    current = json.loads(json.dumps(dataclasses.asdict(config)))
-    differing = [name for name in current if name != "images" and current[name] != stored.get(name)]
-    if differing:
-        changes = ", ".join(f"{name} was {stored.get(name)!r} and is {current[name]!r}" for name in differing)
-        raise ValueError(f"{str(path)!r} is of another run: {changes}; choose another folder or the same settings")
-
-
-def _images_of(line: str, log: Path) -> int:
-    """Where the run was when it wrote a line of its log."""
-    try:
-        return int(json.loads(line)["images"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{str(log)!r} is damaged, it has the line {line[:80]!r}: delete or move it to go on"
-        ) from None
-
-
-class RunLog:
-    """``log.jsonl``: mean losses every few steps; the same to TensorBoard if it is installed.
-
-    A line covers the steps since the line before it: :data:`LOG_INTERVAL` of them, or fewer after and before a
-    checkpoint, which has a line of its own so that what a later part adds begins where the last line ended; and at the
-    end of the log, which comes with an error too.
-
-    Args:
-        folder: of the run.
-        images: where the run goes on; later lines, of a part that was lost, are dropped.
-
-    Raises:
-        ValueError: there is a log with a line that is not of a run.
-    """
-
-    def __init__(self, folder: Path, images: int) -> None:
-        path = folder / "log.jsonl"
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # the last one may have been broken off
-        with replacing(path) as partial:
-            partial.write_text("".join(line for line in whole if _images_of(line, path) <= images))
-        self._file = path.open("a")
-        self._sums: dict[str, list[float]] = {}
-        self._writer: Any = None
-        self._since = (time.monotonic(), images)
-        self._last: tuple[float, int, int, int] | None = None
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=images + 1)
-
-    def add(self, step: int, images: int, skipped: int, losses: dict[str, float]) -> None:
-        """Take the losses of one step; write a line every :data:`LOG_INTERVAL` steps."""
-        for name, value in losses.items():
-            if math.isfinite(value):  # where not, the step was skipped
-                self._sums.setdefault(name, []).append(value)
-        self._last = (time.monotonic(), step, images, skipped)
-        if step % LOG_INTERVAL == 0:
-            self.write_line()
-
-    def write_line(self) -> None:
-        """Write the means over the steps since the line before, if there were any.
-
-        Raises:
-            OSError: the log cannot be written.
-        """
-        if self._last is None:
-            return
-        means = {name: sum(values) / len(values) for name, values in self._sums.items()}
-        (now, step, images, skipped), (then, images_then) = self._last, self._since
-        self._sums, self._since, self._last = {}, (now, images), None
-        line = {"step": step, "images": images, "skipped": skipped, **means}
-        line["images_per_second"] = (images - images_then) / (now - then)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in means.items():
-                self._writer.add_scalar(name, value, images)
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, failed: type[BaseException] | None, *exc_info: object) -> None:
-        with contextlib.ExitStack() as closed:
-            if failed is not None:  # which says more than that a line could not be written
-                closed.enter_context(contextlib.suppress(Exception))
-            if self._writer is not None:
-                closed.callback(self._writer.close)
-            closed.callback(self._file.close)
-            self.write_line()

@@ -37,6 +37,7 @@ GROUPS = (
     ("scenes", "report", "features", "batches"),
     ("measures", "realism"),
     ("prepare", "training", "evaluation"),
+    ("checkpoints", "runlog"),
     ("runs", "arguments"),
     ("cli",),
     ("__init__", "__main__"),

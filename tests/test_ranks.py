@@ -22,8 +22,9 @@ from tiny import RUN
 
 from condgan import training
 from condgan.batches import own_parts
+from condgan.checkpoints import CHECKPOINT
 from condgan.ranks import ALONE, GlobalBatchNorm, RankLost, Ranks, _losing_ranks, joined, launched, own_device
-from condgan.runs import CHECKPOINT, train
+from condgan.runs import train
 
 
 @pytest.fixture(scope="module")

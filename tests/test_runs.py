@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,13 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny import RUN, make_trainer
 
-from condgan import DiffDiscriminator, IterativeGenerator, runs, training
+from condgan import DiffDiscriminator, IterativeGenerator, checkpoints, runs, training
+from condgan.checkpoints import CHECKPOINT, save_checkpoint, scenes_digest
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.datasets import SceneDataset, packed_path
 from condgan.models import NoiseEncoder
 from condgan.prepare import prepare
 from condgan.presets import PRESETS, with_fields
-from condgan.runs import CHECKPOINT, RunLog, train
+from condgan.runs import train
 from condgan.training import Trainer, TrainingDiverged
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
 
@@ -120,7 +120,7 @@ def test_a_stopped_run_finishes_its_step_first(
 def test_a_signal_after_the_last_step_is_heard(
     number: signal.Signals, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, before, short = runs._save_checkpoint, signal.getsignal(number), dataclasses.replace(RUN, images=9)
+    save, before, short = save_checkpoint, signal.getsignal(number), dataclasses.replace(RUN, images=9)
 
     def stop_while_it_is_saved(trainer: Trainer, path: Path, scenes: str) -> None:
         save(trainer, path, scenes)
@@ -132,7 +132,7 @@ def test_a_signal_after_the_last_step_is_heard(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "_save_checkpoint", stop_while_it_is_saved)
+        patch.setattr(runs, "save_checkpoint", stop_while_it_is_saved)
         patch.setattr(Trainer, "finish", None)  # it is not called
         train(data, tmp_path, short, device="cpu", progress=False)
     monkeypatch.setattr(Trainer, "finish", stop_while_it_is_finished)
@@ -326,7 +326,7 @@ def test_a_checkpoint_that_does_not_name_its_scenes_goes_on_and_then_does(data: 
 
 
 def test_the_digest_of_scenes_is_that_of_names_objects_and_vocabulary(data: Path) -> None:
-    whole, digest = SceneDataset(data, "train"), runs._scenes_digest
+    whole, digest = SceneDataset(data, "train"), scenes_digest
     changed = [copy.copy(whole) for _ in range(4)]
     changed[0].names = [*whole.names[1:], whole.names[0]]
     changed[1].objects = whole.objects.flip(1)
@@ -346,39 +346,6 @@ def test_a_diverged_run_names_its_last_good_checkpoint(
         train(data, tmp_path, dataclasses.replace(RUN, reconstruction_images=1000), device="cpu", progress=False)
     (line,) = log_lines(tmp_path)
     assert line["skipped"] == line["step"] > 0, "what led to it is in the log"
-
-
-def test_the_last_steps_are_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(runs.time, "monotonic", lambda: now)
-    with RunLog(tmp_path, images=0) as log:
-        for step in range(1, 24):
-            now += 0.5
-            log.add(step, 9 * step, 0, {"gap": float(step)})
-        now += 100  # for what comes between the last step and the end
-    first, last = log_lines(tmp_path)
-    assert (first["step"], last["step"], last["images"]) == (20, 23, 207)
-    assert (first["gap"], last["gap"]) == (10.5, 22)
-    assert first["images_per_second"] == last["images_per_second"] == 18
-
-
-def test_the_last_line_never_hides_why_a_run_ends(tmp_path: Path) -> None:
-    with pytest.raises(TrainingDiverged), RunLog(tmp_path, images=0) as log:
-        log.add(1, 9, 0, {"gap": 2.0})
-        raise TrainingDiverged
-    assert [line["gap"] for line in log_lines(tmp_path)] == [2]
-
-    def full(line: str) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    for error, passes in ((KeyboardInterrupt, KeyboardInterrupt), (None, OSError)):
-        with pytest.raises(passes), RunLog(tmp_path, images=9) as log:
-            log._file.close()
-            log._file = SimpleNamespace(write=full, close=lambda: None)  # type: ignore[assignment]
-            log.add(2, 18, 0, {"gap": 3.0})
-            if error is not None:
-                raise error
-    assert [line["gap"] for line in log_lines(tmp_path)] == [2]
 
 
 @pytest.mark.usefixtures("no_recalibration")
@@ -418,65 +385,12 @@ def test_a_timed_checkpoint_has_its_line_before_it_is_written(
         found.append((trainer.step, log_lines(tmp_path)))
         raise InterruptedError
 
-    monkeypatch.setattr(runs, "_save_checkpoint", killed)
+    monkeypatch.setattr(runs, "save_checkpoint", killed)
     with pytest.raises(InterruptedError):
         train(data, tmp_path, RUN, device="cpu", checkpoint_seconds=0, progress=False)
     ((step, lines),) = found
     assert step == 1
     assert [line["step"] for line in lines] == [1]
-
-
-def test_tensorboard_keeps_the_point_at_the_checkpoint_as_the_log_does(tmp_path: Path) -> None:
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for first, reached in ((1, 0), (41, 360)):  # the second part goes on from step 40, the first had come to step 60
-        with RunLog(tmp_path, images=reached) as log:
-            for step in range(first, first + 60):
-                log.add(step, 9 * step, 0, {"gap": float(first)})
-    events = accumulators.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("gap")
-    lines = log_lines(tmp_path)
-    assert [line["step"] for line in lines] == [20, 40, 60, 80, 100]
-    assert [(event.step, event.value) for event in events] == [(line["images"], line["gap"]) for line in lines]
-
-
-def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut_back(tmp_path: Path) -> None:
-    lines = [{"step": s, "images": 9 * s} for s in (20, 40, 60)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 80, "ima')
-    with RunLog(tmp_path, images=400):
-        pass
-    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [20, 40]
-
-
-def test_a_kill_while_the_log_is_cut_back_does_not_lose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = '{"step": 20, "images": 180}\n'
-    (tmp_path / "log.jsonl").write_text(line)
-
-    def killed(*paths: Path) -> None:
-        raise InterruptedError
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(InterruptedError):
-        RunLog(tmp_path, images=400)
-    assert (tmp_path / "log.jsonl").read_text() == line
-
-
-@pytest.mark.parametrize("line", ['{"a": 1}', "[]", '{"step": 40, "ima}', "\x00\x00"])
-def test_a_damaged_log_says_what_to_do(line: str, tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text('{"step": 20, "images": 180}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"log\.jsonl' is damaged, it has the line .*: delete or move it to go on"):
-        RunLog(tmp_path, images=400)
-
-
-def test_losses_of_skipped_steps_are_not_in_the_log(tmp_path: Path) -> None:
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    with RunLog(tmp_path, images=0) as log:
-        for step in range(1, 21):
-            log.add(step, 9 * step, step // 20, {"gap": float("nan") if step == 7 else 2.0, "place": float("inf")})
-    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
-    found = json.loads(line, parse_constant=refuse)
-    assert found["gap"] == 2
-    assert "place" not in found
 
 
 def test_data_of_another_size_is_refused(data: Path, tmp_path: Path) -> None:
@@ -512,7 +426,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(
         path.write_bytes(b"as far as it went")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(runs, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(
         OSError, match=r"out: cannot write '.*safetensors' \(.*No space left.*\): make room and run the"
     ):
@@ -686,6 +600,6 @@ def test_a_verifier_of_other_objects_is_refused_before_the_run(data: Path, tmp_p
 
 
 def test_who_can_read_other_files_can_read_a_checkpoint(data: Path, tmp_path: Path) -> None:
-    runs._save_checkpoint(make_trainer(data), tmp_path / CHECKPOINT, "")
+    save_checkpoint(make_trainer(data), tmp_path / CHECKPOINT, "")
     (tmp_path / "other").touch()
     assert (tmp_path / CHECKPOINT).stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -1,0 +1,130 @@
+"""The checkpoint of a training run: everything that its next step depends on, in one file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from condgan.datasets import SceneDataset
+from condgan.presets import TrainConfig
+from condgan.training import Trainer
+
+CHECKPOINT = "checkpoint.safetensors"
+COUNTERS = ("step", "images", "skipped", "skipped_in_a_row")
+
+
+def scenes_digest(dataset: SceneDataset) -> str:
+    """SHA-256 of which scenes these are: their names, objects and vocabulary, in order; their pixels are not read."""
+    described = json.dumps([dataset.names, dataset.objects.tolist(), dataset.vocabulary.names])
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def save_checkpoint(trainer: Trainer, path: Path, scenes: str) -> None:
+    """Write everything that the next step depends on, with the digest of its scenes; whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tensors = {
+        f"{name}.{key}": value for name, net in trainer.networks().items() for key, value in net.state_dict().items()
+    }
+    for name, optimizer in trainer.optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in state.items()}
+    counters = {name: getattr(trainer, name) for name in COUNTERS}
+    config = dataclasses.asdict(trainer.config)
+    metadata = {"config": json.dumps(config), "counters": json.dumps(counters), "scenes": scenes}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.touch()
+        rights = partial.stat().st_mode  # of any new file; safetensors makes one that only its owner can read
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+        partial.chmod(rights)
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(
+            f"out: cannot write {str(path)!r} ({error}): make room and run the same again, which goes on from the "
+            "checkpoint before, if there is one"
+        ) from error
+
+
+class StoredRun(NamedTuple):
+    """What :func:`save_checkpoint` wrote."""
+
+    counters: dict[str, int]
+    tensors: dict[str, Tensor]
+
+
+def restore(trainer: Trainer, stored: StoredRun) -> None:
+    """Go on from a checkpoint: the steps that follow give the numbers they would have given."""
+    tensors = stored.tensors
+    for name, network in trainer.networks().items():
+        prefix = f"{name}."
+        network.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+    for name, optimizer in trainer.optimizers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        prefix = f"optimizer.{name}."
+        for key, value in tensors.items():
+            if key.startswith(prefix):
+                index, field_name = key[len(prefix) :].split(".")
+                if value.ndim:  # a fused optimizer takes for granted that they lie in memory as the weights do
+                    value = torch.empty_like(weights[int(index)]).copy_(value)
+                state.setdefault(int(index), {})[field_name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, count in stored.counters.items():
+        setattr(trainer, name, count)
+
+
+def read_checkpoint(path: Path, config: TrainConfig, scenes: str) -> StoredRun:
+    """Read a checkpoint of a run.
+
+    Raises:
+        PermissionError: the file may not be read.
+        ValueError: the file is damaged, of no run, or of a run with another ``config`` or other scenes; the message
+            names what differs.
+    """
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"out: {str(path)!r} is there, but you may not read it: change its permissions")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}): delete it to start the run again") from None
+    if metadata is None or not {"config", "counters"} <= metadata.keys():
+        raise ValueError(f"{str(path)!r} does not say of which run it is: delete it to start the run again")
+    stored, counters = json.loads(metadata["config"]), json.loads(metadata["counters"])
+    if metadata.get("scenes", scenes) != scenes:  # a checkpoint of an older condgan does not say
+        raise ValueError(
+            f"data: the run in {str(path.parent)!r} was trained on other scenes than these: choose another folder "
+            "(--out), or give the same data"
+        )
+    _check_same_run(stored, config, path)  # after the scenes, since few of them lower its light
+    if config.images < min(stored["images"], counters["images"]):
+        raise ValueError(
+            f"{str(path)!r} has seen {counters['images']:,} pictures, more than images={config.images:,}: "
+            "ask for as many or more, or choose another folder"
+        )
+    return StoredRun(counters, tensors)
+
+
+def _check_same_run(stored: dict[str, Any], config: TrainConfig, path: Path) -> None:
+    """A run may be lengthened; nothing else may change between its parts."""
+    current = json.loads(json.dumps(dataclasses.asdict(config)))
+    differing = [name for name in current if name != "images" and current[name] != stored.get(name)]
+    if differing:
+        changes = ", ".join(f"{name} was {stored.get(name)!r} and is {current[name]!r}" for name in differing)
+        raise ValueError(f"{str(path)!r} is of another run: {changes}; choose another folder or the same settings")
