@@ -21,7 +21,7 @@ from condgan.canvas import Canvas
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.correction import ANSWERS, EDGE, FirstTurnCorrection
 from condgan.drawing import Redraw
-from condgan.functional import crop, paste
+from condgan.functional import channels_last, crop, paste
 from condgan.hub import PretrainedModel
 from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised
 from condgan.light import SceneLight
@@ -210,8 +210,7 @@ class IterativeGenerator(PretrainedModel):
         self, code: Tensor, condition: Tensor, prev_image: Tensor, place: Tensor | None, light: Tensor | None
     ) -> Tensor:
         view = look([prev_image], place, self.config.window)
-        known = torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype)
-        known = known.contiguous(memory_format=torch.channels_last)  # convolutions are much faster so
+        known = channels_last(torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype))
         arguments = [code, condition, view.images[0], known, *([] if light is None else [light])]
         size = self._turns_at_once(known)
         if size >= len(known):
@@ -250,7 +249,7 @@ class IterativeGenerator(PretrainedModel):
             norm_condition = torch.cat((norm_condition, light.to(condition.dtype)), 1)
 
         x = self.l0(torch.cat((code, self.c_proj(condition)), 1)).unflatten(1, (-1, self.coarsest, self.coarsest))
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         for i in range(self.num_blocks):
             if i == 1 or (i > 1 and self.config.output == "blend"):
                 x = torch.cat((x, features[i - 1]), 1)
@@ -472,7 +471,7 @@ class DiffDiscriminator(PretrainedModel):
         return [features - before for features in (first, *(self._features(x) for x in inputs[2:]))]
 
     def _features(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         for i in range(SHARED_BLOCKS):
             x = self.get_submodule(f"block{i + 1}")(x)
         return x
@@ -480,8 +479,8 @@ class DiffDiscriminator(PretrainedModel):
     def _changes(self, inputs: list[Tensor]) -> list[Tensor]:
         """As :meth:`_differences`, but it is the differences that pass the blocks."""
         before, *others = inputs
-        dtype, layout = self.l6.weight.dtype, torch.channels_last
-        x, *changes = (y.to(dtype).contiguous(memory_format=layout) for y in (before, *(y - before for y in others)))
+        dtype = self.l6.weight.dtype
+        x, *changes = (channels_last(y.to(dtype)) for y in (before, *(y - before for y in others)))
         for i in range(SHARED_BLOCKS):
             x, changes = cast(DisBlock, self.get_submodule(f"block{i + 1}")).changes(x, changes)
         return changes
@@ -558,7 +557,7 @@ class NoiseEncoder(PretrainedModel):
         before, after = view.images
         x = torch.cat((after, after - before, *view.maps), 1)
         x = x.to(self.linear.weight.dtype)
-        x = self.stages(x.contiguous(memory_format=torch.channels_last))
+        x = self.stages(channels_last(x))
         code = self.linear(torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1))
         return self.norm(code.to(self.norm.running_mean))  # in float32, unless the network was made coarser or finer
 

@@ -505,6 +505,54 @@ def test_the_condition_network_names_bad_input(objects: Tensor, hidden: Tensor |
         ConditionRNN(24, 8)(objects, hidden)
 
 
+# Gradients of each sample by itself
+
+
+def per_sample_gradients(network: nn.Module, arguments: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+    """Of a number that all outputs go into, as ``torch.func`` finds them for all samples at once: (N, ...) each."""
+    weights, buffers = dict(network.named_parameters()), dict(network.named_buffers())
+    given = [x for x in arguments if x is not None]
+
+    def energy(weights: dict[str, Tensor], *sample: Tensor) -> Tensor:
+        output = torch.func.functional_call(network, (weights, buffers), tuple(x[None] for x in sample))
+        parts = (output,) if isinstance(output, Tensor) else output
+        return torch.stack([(part * part).sum() for part in parts]).sum()
+
+    return torch.func.vmap(torch.func.grad(energy), (None, *(0 for _ in given)))(weights, *given)
+
+
+def check_per_sample_gradients(network: nn.Module, arguments: tuple[Tensor | None, ...]) -> None:
+    network = network.double().eval()
+    found = per_sample_gradients(network, arguments)
+    for i in range(2):
+        output = network(*item(arguments, i))
+        parts = (output,) if isinstance(output, Tensor) else output
+        energy = torch.stack([(part * part).sum() for part in parts]).sum()
+        names, weights = zip(*network.named_parameters(), strict=True)
+        expected = torch.autograd.grad(energy, weights, allow_unused=True)
+        assert sum(gradient is not None and bool(gradient.any()) for gradient in expected) > 10
+        for name, gradient in zip(names, expected, strict=True):
+            torch.testing.assert_close(
+                found[name][i], torch.zeros_like(found[name][i]) if gradient is None else gradient
+            )
+
+
+@every_generator
+def test_gradients_of_each_sample_of_a_generator(config: GeneratorConfig) -> None:
+    check_per_sample_gradients(randomise(IterativeGenerator(config)), generator_input(config, dtype=torch.float64))
+
+
+@every_discriminator
+def test_gradients_of_each_sample_of_a_discriminator(config: DiscriminatorConfig) -> None:
+    check_per_sample_gradients(randomise(DiffDiscriminator(config)), discriminator_input(config, dtype=torch.float64))
+
+
+@every_noise_encoder
+def test_gradients_of_each_sample_of_a_noise_encoder(config: NoiseEncoderConfig) -> None:
+    arguments = tuple(None if x is None else x.double() for x in noise_encoder_input(config))
+    check_per_sample_gradients(lively_noise_encoder(config), arguments)
+
+
 # Every generator
 
 
