@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from condgan.datasets import SceneDataset
+from condgan.files import settle
 from condgan.presets import TrainConfig
 from condgan.training import Trainer
 
@@ -50,6 +51,7 @@ def save_checkpoint(trainer: Trainer, path: Path, scenes: str) -> None:
         rights = partial.stat().st_mode  # of any new file; safetensors makes one that only its owner can read
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
         partial.chmod(rights)
+        settle(partial)
         os.replace(partial, path)
     except (SafetensorError, OSError) as error:
         with contextlib.suppress(OSError):
@@ -80,8 +82,9 @@ def restore(trainer: Trainer, stored: StoredRun) -> None:
         for key, value in tensors.items():
             if key.startswith(prefix):
                 index, field_name = key[len(prefix) :].split(".")
-                if value.ndim:  # a fused optimizer takes for granted that they lie in memory as the weights do
-                    value = torch.empty_like(weights[int(index)]).copy_(value)
+                # A fused optimizer takes for granted that they lie in memory as the weights do. No tensor may keep
+                # the file mapped, or Windows cannot replace it.
+                value = torch.empty_like(weights[int(index)]).copy_(value) if value.ndim else value.clone()
                 state.setdefault(int(index), {})[field_name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for name, count in stored.counters.items():
@@ -104,9 +107,13 @@ def read_checkpoint(path: Path, config: TrainConfig, scenes: str) -> StoredRun:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}): delete it to start the run again") from None
-    if metadata is None or not {"config", "counters"} <= metadata.keys():
+    try:
+        stored, counters = (json.loads((metadata or {})[name]) for name in ("config", "counters"))
+        said = stored.keys() >= {"images"} and counters.keys() == {*COUNTERS}
+    except (LookupError, ValueError, AttributeError, RecursionError):
+        said = False
+    if not said or not all(type(count) is int for count in (stored["images"], *counters.values())):
         raise ValueError(f"{str(path)!r} does not say of which run it is: delete it to start the run again")
-    stored, counters = json.loads(metadata["config"]), json.loads(metadata["counters"])
     if metadata.get("scenes", scenes) != scenes:  # a checkpoint of an older condgan does not say
         raise ValueError(
             f"data: the run in {str(path.parent)!r} was trained on other scenes than these: choose another folder "

@@ -266,7 +266,8 @@ def _info(args: argparse.Namespace) -> Report:
     card_file = folder / hub.CARD_NAME
     card = ""
     with contextlib.suppress(OSError):  # there is none, or it may not be read
-        card = card_file.read_text(encoding="utf-8", errors="replace")
+        read = card_file.read_text(encoding="utf-8", errors="replace")
+        card = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in read)
     data = {
         "model": name,
         "model_type": type(model).__name__,

@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
         raise DatasetError(f"there is no {path.name} in {path.parent}: it belongs to the i-CLEVR download")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # malformed JSON, or bytes that are no UTF-8
+    except (ValueError, RecursionError) as error:  # malformed JSON, or bytes that are no UTF-8
         raise DatasetError(f"{path} is not valid JSON ({error}): copy it again from the i-CLEVR download") from error
 
 
@@ -296,7 +296,7 @@ def read_index(path: Path) -> PackedIndex:
         raise DatasetError(f"there is no index {path} beside the packed file: run `condgan prepare` again")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"the index {path} is not valid JSON ({error}): run `condgan prepare` again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise DatasetError(f'{path} is no index of a packed file (its "format" is not {FORMAT!r}): give another file')
@@ -320,8 +320,8 @@ def read_index(path: Path) -> PackedIndex:
 def _map_pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """The packed file, mapped copy-on-write: nothing is read yet, and nothing that is written reaches the file."""
     try:
-        pixels: NDArray[np.uint8] = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        pixels: NDArray[np.uint8] = np.lib.format.open_memmap(path, mode="c")
+    except Exception as error:  # by the kind of damage NumPy raises any of half a dozen
         raise DatasetError(f"{path} cannot be read ({error}): run `condgan prepare` again") from error
     if pixels.dtype != np.uint8 or pixels.shape != shape:
         raise DatasetError(

@@ -57,7 +57,7 @@ class Derived(Generic[MadeT]):
         if known is None or not (compared or all(map(_same, known[0], weights))):
             copies = tuple(weight.detach().clone() for weight in weights)
             with torch.autocast("cpu", enabled=False):
-                known = copies, self._make(*(weight.detach() for weight in weights))
+                known = copies, self._make(*copies)  # and not of weights that another thread may change meanwhile
             if type(copies[0]) is not Tensor:  # of a mode in which tensors have no values, such as FakeTensorMode
                 return known[1]
             self._known = known

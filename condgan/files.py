@@ -34,7 +34,14 @@ def replacing(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}-", dir=path.parent) as folder:
         partial = Path(folder) / path.name
         yield partial
+        settle(partial)
         os.replace(partial, path)
+
+
+def settle(path: Path) -> None:
+    """Wait until a file is on the disk: a power failure after it got its name then finds it whole."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager

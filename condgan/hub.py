@@ -424,7 +424,7 @@ def _parse_config(text: bytes, source: str, model_type: str, config_class: type[
     """The config that the text of a ``config.json`` describes; ``source`` is what errors call it."""
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is not JSON: {error}. Download or save the checkpoint again.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{source} must hold a JSON object, got {reprlib.repr(values)}.")

@@ -27,6 +27,9 @@ SAME_COLOUR = 1.5
 """Levels between the colours of two pixels, after their brightness was taken off, beyond which they hardly count as the
 same: rounding brings them one apart."""
 
+PROGRAMS = ("EPS", "WMF")
+"""Formats whose pictures another program would have to draw: files are not run."""
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Float in [-1, 1] to uint8, any shape, rounded; values outside are clipped."""
@@ -176,6 +179,8 @@ def read_pixels(path: str | os.PathLike[str]) -> Tensor:
         raise FileNotFoundError(f"image: there is no file {str(path)!r}")
     try:
         with path.open("rb") as file, Image.open(file) as image:
+            if image.format in PROGRAMS:
+                raise ValueError(f"{image.format} is a program that draws: save it as PNG")
             image.load()
             return _pixels(_upright(image))
     except UnidentifiedImageError:

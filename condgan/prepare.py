@@ -338,9 +338,16 @@ def _check_is_ours(path: Path) -> None:
     if path.exists() and not index.exists():
         raise DatasetError(f"{path} is in the way: it has no index, so it is no packed file; give another `out`")
     try:
-        content = json.loads(index.read_bytes())
-    except (OSError, ValueError):  # it is not there, or damaged
+        text = index.read_bytes()
+    except OSError:  # it is not there
         return
+    begins = json.dumps({"format": FORMAT}).encode()[:-1]
+    if text.startswith(begins) or begins.startswith(text):  # ours, even if it is damaged
+        return
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DatasetError(f"{index} is in the way, where the index of the packed file goes: give another `out`")
 
@@ -359,6 +366,9 @@ def _pack(path: Path, layout: SceneLayout, image_size: int, fingerprint: str, pr
     def offset(state: _Progress) -> int:
         return header_bytes + len(_readable(layout.scenes[: state.num_done], state.unreadable)) * math.prod(scene_shape)
 
+    for link in (partial, journal):
+        if link.is_symlink():
+            raise DatasetError(f"{link} is a link, through which nothing is written: remove it")
     state = _read_journal(journal, fingerprint)
     if not partial.is_file() or partial.stat().st_size < offset(state):
         state = _Progress()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,14 @@ class RunLog:
         self._writer: Any = None
         self._since = (time.monotonic(), images)
         self._last: tuple[float, int, int, int] | None = None
-        with contextlib.suppress(ImportError):
+        try:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=images + 1)
+        except ImportError:  # it is not installed
+            pass
+        except Exception as error:  # such as protobuf of another version
+            warnings.warn(f"TensorBoard cannot be used ({error}): the log is written without it", stacklevel=2)
 
     def add(self, step: int, images: int, skipped: int, losses: dict[str, float]) -> None:
         """Take the losses of one step; write a line every :data:`LOG_INTERVAL` steps."""

@@ -7,8 +7,10 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import shutil
 import tarfile
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -149,6 +151,11 @@ def draw_set(
                         for drawing, those in _drawn(generator, chunk, best_of, redraw, batch_size):
                             _write(tar, drawing, those)
                         bar.update(len(chunk))
+                    if file_sha256(source) != description["list"]:
+                        raise ValueError(
+                            f"source (--from): {str(source)!r} has changed while it was drawn: draw it into another "
+                            f"folder, or restore it and run the same again"
+                        )
     return SetReport(out, total, shards, drawn, skipped)
 
 
@@ -262,8 +269,9 @@ def _is_whole(path: Path) -> bool:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
+            begins = any(file.read(tarfile.BLOCKSIZE))  # what a power failure leaves may be nothing but zeros
             file.seek(-min(size, 2 * tarfile.BLOCKSIZE), io.SEEK_END)
-            return size >= tarfile.RECORDSIZE and size % tarfile.RECORDSIZE == 0 and not any(file.read())
+            return begins and size >= tarfile.RECORDSIZE and size % tarfile.RECORDSIZE == 0 and not any(file.read())
     except FileNotFoundError:
         return False
 
@@ -310,8 +318,10 @@ def _claim(out: Path, description: dict[str, object]) -> None:
                     f"out: {str(out)!r} holds tar files, but no {DESCRIPTION} that says what they are: choose another "
                     "folder, or empty this one"
                 )
-            with replacing(file) as partial:  # every process of this set writes the same
+            with tempfile.TemporaryDirectory(prefix=f".{DESCRIPTION}-", dir=out) as folder:
+                partial = Path(folder) / DESCRIPTION
                 partial.write_text(json.dumps(description, indent=2) + "\n")
+                _put_first(partial, file)
     except OSError as error:
         raise OSError(f"out: cannot write {str(file)!r} ({error.strerror}): choose another folder") from None
     try:
@@ -324,6 +334,16 @@ def _claim(out: Path, description: dict[str, object]) -> None:
     if differing:
         changes = ", ".join(f"{name} was {found[name]!r} and is {description[name]!r}" for name in differing)
         raise ValueError(f"out: {str(out)!r} holds another set: {changes}; choose another folder")
+
+
+def _put_first(partial: Path, file: Path) -> None:
+    """Give a file its name unless another process was first, of this set or of another."""
+    try:
+        os.link(partial, file)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(partial, file)
 
 
 def _digest_of_model(generator: IterativeGenerator) -> str:

@@ -693,6 +693,16 @@ def test_info_describes_the_default_model(run: Run, models: Path) -> None:
     assert "## Use" not in text
 
 
+def test_a_card_cannot_command_the_terminal(run: Run, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "plain", tmp_path / "model")
+    (tmp_path / "model" / hub.CARD_NAME).write_text("# A model\n\nof\x1b]0;mine\x07 cubes\tand\x9b spheres\n")
+    text = run("info", str(tmp_path / "model")).out
+    assert text.endswith(
+        "# A model\n\nof\N{REPLACEMENT CHARACTER}]0;mine\N{REPLACEMENT CHARACTER} cubes\tand"
+        "\N{REPLACEMENT CHARACTER} spheres\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "model_type"),
     [

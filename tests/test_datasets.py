@@ -319,6 +319,10 @@ def change_index(**changes: Any) -> Callable[[Path], None]:
         (lambda path: path.write_bytes(b""), "cannot be read"),
         (lambda path: np.save(path, np.zeros((NUM_SCENES, 3, 3, 16, 16), np.float32)), "got float32"),
         (lambda path: np.save(path, np.array([None])), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"), }", b"", 1)), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"(", b"(-", 1)), "cannot be read"),
+        (lambda path: path.write_bytes(b"PK\x03\x04 of another program"), "cannot be read"),
+        (lambda path: path.with_suffix(".json").write_text("[" * 100_000), "not valid JSON"),
     ],
 )
 def test_damage_is_named_with_the_way_out(packed: Path, damage: Callable[[Path], object], expected: str) -> None:

@@ -129,3 +129,13 @@ def test_other_trouble_with_a_lock_is_told(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(fcntl, "flock", fail)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked(tmp_path / ".lock"):
         raise AssertionError("it is not entered")
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
+    with replacing(tmp_path / "a.txt") as partial:
+        partial.write_text("new")
+    assert order == ["fsync", "replace"]
+    assert (tmp_path / "a.txt").read_text() == "new"

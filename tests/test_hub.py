@@ -277,7 +277,7 @@ def test_a_checkpoint_from_before_a_setting_was_added_has_its_default(folder: Pa
     assert Toy.from_pretrained(folder).config.extra == 0
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\xff", b"[1]"])
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\xff", b"[1]", b"[" * 100_000])
 def test_a_config_that_is_not_an_object_of_json_is_refused(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     refused(folder, "config.json", "JSON")

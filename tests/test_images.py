@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from io import BytesIO
 from pathlib import Path
@@ -316,6 +317,14 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"image: '{path}' is not a readable picture"):
         load_image(path, 64)
+
+
+@pytest.mark.parametrize("name", ["drawing.eps", "photo.png"])
+def test_a_program_that_draws_is_not_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **kwargs: pytest.fail("another program was started"))
+    Image.new("RGB", (8, 8)).save(tmp_path / name, "EPS")
+    with pytest.raises(ValueError, match=r"is not a readable picture \(EPS is a program that draws: save it as PNG\)"):
+        read_pixels(tmp_path / name)
 
 
 @pytest.mark.parametrize(

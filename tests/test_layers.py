@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from condgan import layers
-from condgan.derived import steady_weights
+from condgan.derived import Derived, steady_weights
 from condgan.layers import (
     ConditionalBatchNorm2d,
     ConditionProjector,
@@ -368,6 +368,22 @@ def test_changes_see_one_step_of_spectral_normalisation() -> None:
     block.eval()  # with the vectors of that step
     torch.testing.assert_close(y, block(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found, block(x + change) - block(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_remembered_is_of_the_weights_that_it_is_compared_with() -> None:
+    """Another thread may change a weight while something is made of it, and change it back."""
+    weight = torch.ones(3)
+
+    def make(given: Tensor) -> Tensor:
+        weight.fill_(2)
+        made = given + 0
+        weight.fill_(1)
+        return made
+
+    double = Derived(make)
+    assert torch.equal(double(weight), torch.ones(3))
+    assert torch.equal(double(weight), torch.ones(3))
 
 
 def test_what_a_block_remembers_is_no_part_of_its_state() -> None:

@@ -375,6 +375,25 @@ def test_an_array_of_somebody_elses_is_not_overwritten(data_dir: Path, tmp_path:
     assert [path.name for path in tmp_path.glob("mine*")] == ["mine.npy"]
 
 
+@pytest.mark.parametrize("content", ['{"a": 1}\n{"a": 2}\n', "not JSON", "[" * 100_000])
+def test_a_file_of_somebody_elses_is_not_taken_for_a_damaged_index(
+    content: str, data_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(DatasetError, match=r"mine\.json is in the way.*give another `out`"):
+        prepare(data_dir, image_size=8, out=tmp_path / "mine.npy", progress=False)
+    assert (tmp_path / "mine.json").read_text() == content
+
+
+@pytest.mark.parametrize("name", ["condgan-8.partial.npy", "condgan-8.partial.json"])
+def test_nothing_is_written_through_a_link_in_the_folder(name: str, data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (data_dir / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(DatasetError, match=rf"{name} is a link, through which nothing is written: remove it"):
+        prepare(data_dir, image_size=8, progress=False)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 @pytest.mark.parametrize("image_size", [0, -64])
 def test_bad_image_size_is_named(data_dir: Path, image_size: int) -> None:
     with pytest.raises(ValueError, match=f"image_size must be between 1 and .*, got {image_size}"):

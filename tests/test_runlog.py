@@ -104,3 +104,16 @@ def test_losses_of_skipped_steps_are_not_in_the_log(tmp_path: Path) -> None:
     found = json.loads(line, parse_constant=refuse)
     assert found["gap"] == 2
     assert "place" not in found
+
+
+def test_tensorboard_that_does_not_work_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise TypeError("Descriptors cannot be created directly")
+
+    monkeypatch.setattr(pytest.importorskip("torch.utils.tensorboard"), "SummaryWriter", broken)
+    with (
+        pytest.warns(UserWarning, match=r"TensorBoard cannot be used \(Descriptors cannot"),
+        RunLog(tmp_path, 0) as log,
+    ):
+        log.add(20, 180, 0, {"gap": 1.0})
+    assert [line["gap"] for line in log_lines(tmp_path)] == [1]

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from tiny import RUN, make_trainer
 
 from condgan import DiffDiscriminator, IterativeGenerator, checkpoints, runs, training
-from condgan.checkpoints import CHECKPOINT, save_checkpoint, scenes_digest
+from condgan.checkpoints import CHECKPOINT, COUNTERS, save_checkpoint, scenes_digest
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
 from condgan.datasets import SceneDataset, packed_path
 from condgan.models import NoiseEncoder
@@ -510,6 +510,12 @@ def test_a_damaged_checkpoint_or_a_file_for_a_folder_says_what_to_do(data: Path,
     save_file({"x": torch.zeros(1)}, tmp_path / CHECKPOINT)
     with pytest.raises(ValueError, match=rf"{CHECKPOINT}' does not say of which run it is: delete it to start"):
         train(data, tmp_path, RUN, device="cpu", progress=False)
+    whole = dict.fromkeys(COUNTERS, 0)
+    for config, counters in (({"images": 9}, {}), ([], whole), ({}, whole), ({"images": 9}, whole | {"train_step": 1})):
+        metadata = {"config": json.dumps(config), "counters": json.dumps(counters)}
+        save_file({"x": torch.zeros(1)}, tmp_path / CHECKPOINT, metadata)
+        with pytest.raises(ValueError, match="does not say of which run it is: delete it to start"):
+            train(data, tmp_path, RUN, device="cpu", progress=False)
     with pytest.raises(OSError, match="out: cannot make the folder"):
         train(data, tmp_path / CHECKPOINT, RUN, device="cpu", progress=False)
 

@@ -331,3 +331,50 @@ def test_memory_does_not_grow_with_the_list(compact: IterativeGenerator, tmp_pat
     assert sum(chunks) == 11_000
     assert max(chunks) <= shards.CHUNK
     assert peaks[1] < peaks[0] + 200_000
+
+
+def test_zeros_where_a_tar_file_was_are_drawn_again(compact: IterativeGenerator, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out" / "00001.tar").write_bytes(bytes(10_240))
+    report = draw_set(compact, write_list(tmp_path), tmp_path / "out", seed=5, shard_size=3, progress=False)
+    assert (report.drawn, report.skipped) == (3, 4)
+
+
+def test_a_list_that_changes_while_it_is_drawn_is_told(
+    compact: IterativeGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, write = write_list(tmp_path), tmp_path / "out", shards._write
+
+    def edited(tar: tarfile.TarFile, drawing: Drawing, asked: list[Any]) -> None:
+        if asked[-1].number >= 3:
+            source.write_text('["red cube"]\n' * 7)
+        write(tar, drawing, asked)
+
+    monkeypatch.setattr(shards, "_write", edited)
+    with pytest.raises(ValueError, match=r"source \(--from\): .*list.jsonl' has changed while it was drawn"):
+        draw_set(compact, source, out, seed=5, shard_size=3, progress=False)
+    assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "set.json"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_sets_that_begin_at_once_in_a_folder_one_is_refused(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one gets there after this one has looked whether the folder is empty."""
+    put = shards._put_first
+
+    def late(partial: Path, file: Path) -> None:
+        if links:
+            file.write_text('{"seed": 1}')
+            put(partial, file)
+        else:
+            monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+            put(partial, file)
+
+    monkeypatch.setattr(shards, "_put_first", late)
+    if links:
+        with pytest.raises(ValueError, match="holds another set: seed was 1 and is 2"):
+            shards._claim(tmp_path, {"seed": 2})
+    else:
+        shards._claim(tmp_path, {"seed": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["set.json"]
