@@ -69,7 +69,7 @@ class SceneClassifier(PretrainedModel):
         super().__init__()
         from torchvision.models.resnet import BasicBlock, conv1x1  # slow to import, hence not at the top
 
-        self.config = config = config or SceneClassifierConfig()
+        self.config = config = self.given_or_default(config)
         channels = config.widths[0]
         imagenet = config.stem == "imagenet"
         self.conv1 = nn.Conv2d(3, channels, 7 if imagenet else 3, 2, 3 if imagenet else 1, bias=False)

@@ -75,7 +75,7 @@ class ObjectCounter(PretrainedModel):
         super().__init__()
         from torchvision.models.resnet import BasicBlock, conv1x1  # slow to import, hence not at the top
 
-        self.config = config = config or ObjectCounterConfig()
+        self.config = config = self.given_or_default(config)
         finest = channels = config.widths[0]
         self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, STRIDE, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
         self.stages = nn.ModuleList()

@@ -253,7 +253,8 @@ class ConditionalFlow(nn.Module):
         self._plan = Derived(_drawing_plan)
 
     def forward(self, noise: Tensor, context: Tensor) -> Tensor:
-        read, couplings = self._plan(self.kept, *self.couplings.parameters())
+        weights = [weight for coupling in self.couplings for weight in self._weights(coupling)]
+        read, couplings = self._plan(self.kept, *weights)
         x = noise
         for told, (weight1, weight2, bias2, weight3, bias3) in zip(
             F.linear(context, *read).chunk(len(couplings), 1), couplings, strict=True
@@ -274,9 +275,13 @@ class ConditionalFlow(nn.Module):
 
     @staticmethod
     def _affine(coupling: Any, kept_numbers: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        first, _, second, _, last = coupling  # as functions: so small, calls of modules take longer than the products
-        weights = first.weight, first.bias, second.weight, second.bias, last.weight, last.bias
-        return _affine(weights, torch.cat((kept_numbers, context), 1))
+        return _affine(ConditionalFlow._weights(coupling), torch.cat((kept_numbers, context), 1))
+
+    @staticmethod
+    def _weights(coupling: Any) -> tuple[Tensor, ...]:
+        """Used as functions: so small, calls of modules take longer than the products."""
+        first, _, second, _, last = coupling
+        return first.weight, first.bias, second.weight, second.bias, last.weight, last.bias
 
 
 def _kept(couplings: int, dim: int, device: torch.device | None = None) -> Tensor:

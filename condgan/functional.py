@@ -204,7 +204,8 @@ def _likely_place(generator: Any, noise: Tensor, condition: Tensor, image: Tenso
         raise ValueError("places must be given: the noise has no numbers (z_dim is 0) by which to choose them")
     with torch.no_grad():
         uniform = torch.special.ndtr(noise.float()).repeat(1, 3)[:, :3].clamp(max=1 - 2**-24)
-        place: Tensor = place_model(image.to(condition.dtype), condition, uniform, generator.read_light(image))
+        light = generator.read_light(image) if hasattr(generator, "read_light") else None
+        place: Tensor = place_model(image.to(condition.dtype), condition, uniform, light)
     return place
 
 

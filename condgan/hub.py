@@ -15,7 +15,7 @@ import re
 import reprlib
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -73,7 +73,7 @@ class PretrainedModel(nn.Module):
         ...     config_class = ScaleConfig
         ...     def __init__(self, config=None):
         ...         super().__init__()
-        ...         self.config = config or ScaleConfig()
+        ...         self.config = self.given_or_default(config)
         ...         self.scale = nn.Parameter(torch.ones(self.config.size))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     Scale.from_pretrained(Scale(ScaleConfig(size=5)).save_pretrained(folder)).config
@@ -126,7 +126,12 @@ class PretrainedModel(nn.Module):
             raise TypeError(f"name must be a string or a path, got {name!r}")
         folder = find_checkpoint(name, revision, cache_dir, token, local_files_only)
         path = _existing(folder, CONFIG_NAME)
-        config = _parse_config(path.read_bytes(), str(path), cls.__name__, cls.config_class)
+        relatives = [
+            base.__name__
+            for base in cls.__mro__
+            if issubclass(base, PretrainedModel) and getattr(base, "config_class", None) is cls.config_class
+        ]
+        config = _parse_config(path.read_bytes(), str(path), relatives, cls.config_class)
         try:
             with torch.random.fork_rng(devices=[]):
                 model = cls(config).float()
@@ -134,6 +139,22 @@ class PretrainedModel(nn.Module):
             raise CheckpointError(f"{path} does not describe a model: {error}") from error
         _load_weights(model, folder)
         return model.to(map_location).eval()
+
+    @classmethod
+    def given_or_default(cls, config: Any) -> Any:
+        """The config that a constructor was given, or the default one for None.
+
+        Raises:
+            TypeError: it is of another class.
+        """
+        if config is None:
+            return cls.config_class()
+        if not isinstance(config, cls.config_class):
+            raise TypeError(
+                f"config must be a {cls.config_class.__name__} or None, got {reprlib.repr(config)}; a checkpoint is "
+                f"loaded with {cls.__name__}.from_pretrained"
+            )
+        return config
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write ``config.json``, ``model.safetensors`` and ``README.md`` into a folder; returns the folder.
@@ -225,7 +246,6 @@ class PretrainedModel(nn.Module):
             for key, value in dataclasses.asdict(self.config).items()
         )
         return f"""---
-license: mit
 library_name: condgan
 tags:
 - condgan
@@ -256,7 +276,7 @@ model = {name}.from_pretrained("{repo_id}")  # this repository, or the folder wi
         """Content of ``config.json``, checked to be readable again."""
         header = {"format_version": FORMAT_VERSION, "model_type": type(self).__name__, "condgan_version": _version()}
         text = f"{json.dumps(header | dataclasses.asdict(self.config), indent=2)}\n".encode()
-        _parse_config(text, "self.config", type(self).__name__, self.config_class)
+        _parse_config(text, "self.config", [type(self).__name__], self.config_class)
         return text
 
 
@@ -420,8 +440,11 @@ def _hub_errors(
         raise CheckpointError(f"cannot {action} {repo_id!r}: {text} ({reason})") from error
 
 
-def _parse_config(text: bytes, source: str, model_type: str, config_class: type[Any]) -> Any:
-    """The config that the text of a ``config.json`` describes; ``source`` is what errors call it."""
+def _parse_config(text: bytes, source: str, model_types: Sequence[str], config_class: type[Any]) -> Any:
+    """The config that the text of a ``config.json`` describes; ``source`` is what errors call it.
+
+    It may be of any of the types: a class and those that it derives from, whose weights are its own.
+    """
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -440,9 +463,9 @@ def _parse_config(text: bytes, source: str, model_type: str, config_class: type[
             f"{source} has format_version {version}, written by condgan {maker}; this condgan reads up to "
             f"{FORMAT_VERSION}: upgrade condgan."
         )
-    if found != model_type:
+    if found not in model_types:
         raise CheckpointError(
-            f"{source} holds the model type {found}, wanted is {model_type}: load it with {found}.from_pretrained."
+            f"{source} holds the model type {found}, wanted is {model_types[0]}: load it with {found}.from_pretrained."
         )
     hints = get_type_hints(config_class)
     later = {f.name: f.default for f in dataclasses.fields(config_class) if f.metadata.get(ADDED_LATER)}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -16,6 +16,8 @@ from condgan.derived import Derived
 
 NEGATIVE_SLOPE = 0.01
 """Slope of every leaky rectifier below zero."""
+EPS = 1e-5
+"""Added to the variance by batch norms, in the unit of their input squared."""
 ENLARGED_PIXELS = 512
 """In maps of fewer pixels, those of a batch together, adding up weights takes longer than the arithmetic that a
 generator's block saves by it in training: a weight is added up once a batch, whatever the size of the maps."""
@@ -26,6 +28,7 @@ WEIGHTS_PER_PIXEL = 100_000
 were added up are 16/9 as many."""
 
 
+PLAIN_KINDS = (nn.Conv2d, nn.Linear)
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
@@ -41,8 +44,22 @@ def is_plain(layer: nn.Module) -> bool:
 
     A layer with hooks does not, nor one that another library has put in its place, such as an adapter.
     """
-    known = type(layer) in (nn.Conv2d, nn.Linear) or parametrize.is_parametrized(layer)
-    return known and not layer._forward_pre_hooks and not layer._forward_hooks
+    kind = type(layer).__mro__[1] if parametrize.is_parametrized(layer) else type(layer)
+    return kind in PLAIN_KINDS and not _is_watched(layer)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether a call of the layer does more than its class says: by hooks, or by a ``forward`` of its own."""
+    hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+    return bool(hooks) or "forward" in vars(layer) or _has_any_global_hook()
+
+
+def _is_plain_3x3(conv: nn.Conv2d) -> bool:
+    """Whether it is a plain 3x3 convolution that keeps the size of its maps, with zeros around them."""
+    if not is_plain(conv):
+        return False
+    shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
 class ConditionalBatchNorm2d(nn.Module):
@@ -75,42 +92,50 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def __init__(self, num_features: int, condition_dim: int = 256) -> None:
         super().__init__()
-        self.bn = nn.BatchNorm2d(num_features, affine=False, eps=1e-5, momentum=0.1)
+        self.num_features = num_features
+        self.bn = nn.BatchNorm2d(num_features, affine=False, eps=EPS, momentum=0.1)
         self.fc = nn.Linear(condition_dim, 2 * num_features)
         nn.init.zeros_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
-        self._folded = Derived(partial(_folded, eps=self.bn.eps))
+        self._folded = Derived(_folded)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.bn.num_features:
-            raise ValueError(f"x must be (N, {self.bn.num_features}, H, W), got {tuple(x.shape)}")
+        if x.ndim != 4 or x.shape[1] != self.num_features:
+            raise ValueError(f"x must be (N, {self.num_features}, H, W), got {tuple(x.shape)}")
         if condition.shape != (x.shape[0], self.fc.in_features):
             raise ValueError(
                 f"condition must be (N, {self.fc.in_features}) for x of shape {tuple(x.shape)}, "
                 f"got {tuple(condition.shape)}"
             )
-        mean, variance = self.bn.running_mean, self.bn.running_var
-        if self.bn.training or mean is None or variance is None or not is_plain(self.fc):
+        mean, variance = getattr(self.bn, "running_mean", None), getattr(self.bn, "running_var", None)
+        if mean is None or variance is None or not self._folds():
             scale, shift = self.fc(condition)[:, :, None, None].chunk(2, dim=1)  # (N, C, 1, 1) each
             return torch.addcmul(shift, self.bn(x), 1 + scale)
         weight, bias = self._folded(self.fc.weight, self.fc.bias, mean, variance)
         affine = torch.addmm(bias, condition, weight).to(x.dtype)
-        scale, shift = affine.view(len(x), 2, self.bn.num_features, 1, 1).unbind(1)
+        scale, shift = affine.view(len(x), 2, self.num_features, 1, 1).unbind(1)
         return torch.addcmul(shift, x, scale)
 
     if TYPE_CHECKING:
         __call__ = forward
 
+    def _folds(self) -> bool:
+        """Whether both norms are one scale and shift: in eval mode, if neither part was replaced or is watched."""
+        norm = self.bn
+        if norm.training or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_watched(norm):
+            return False
+        return not norm.affine and norm.eps == EPS and is_plain(self.fc)
+
     def extra_repr(self) -> str:
-        return f"{self.bn.num_features}, condition_dim={self.fc.in_features}"
+        return f"{self.num_features}, condition_dim={self.fc.in_features}"
 
 
-def _folded(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _folded(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """The linear map that predicts one scale and shift for both norms: of (x - mean) / std * (1 + scale) + shift.
 
     ``weight`` (2C, D) and ``bias`` (2C,) are those of the conditional norm; the result's are (D, 2C) and (2C,).
     """
-    inverse = torch.rsqrt(variance + eps)
+    inverse = torch.rsqrt(variance + EPS)
     (scale, shift), (scale_bias, shift_bias) = weight.chunk(2), bias.chunk(2)
     scale, scale_bias = inverse[:, None] * scale, inverse * (1 + scale_bias)
     shift, shift_bias = shift - mean[:, None] * scale, shift_bias - mean * scale_bias
@@ -161,11 +186,23 @@ def _summed_in_pairs(weight: Tensor, factor: float) -> Tensor:
 class _RectifiedChange(torch.autograd.Function):
     """:func:`rectified_change`. Its derivatives are those of the rectifier at ``x + change`` and at ``x``."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, change: Tensor) -> Tensor:
-        ctx.save_for_backward(x, change)
+    def forward(x: Tensor, change: Tensor) -> Tensor:
         negated = -x
-        return torch.maximum(change, negated).sub_(negated.relu_()).lerp_(change, NEGATIVE_SLOPE)
+        return torch.lerp(torch.maximum(change, negated).sub_(negated.relu_()), change, NEGATIVE_SLOPE)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        (x, change), (moved, also) = ctx.saved_tensors, tangents
+        after = torch.ops.aten.leaky_relu_backward(moved + also, x + change, NEGATIVE_SLOPE, False)
+        return after - torch.ops.aten.leaky_relu_backward(moved, x, NEGATIVE_SLOPE, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +276,7 @@ class GenBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         y = F.leaky_relu(self.cbn1(x, condition), NEGATIVE_SLOPE)
-        if not is_plain(self.c1) or self._is_small(y):
+        if not _is_plain_3x3(self.c1) or self._is_small(y):
             y = self.c1(F.interpolate(y, scale_factor=2, mode="nearest"))  # (N, out_channels, 2H, 2W)
         else:
             y = F.conv_transpose2d(y, self._enlarging_weight(self.c1.weight), self.c1.bias, stride=2, padding=1)
@@ -297,8 +334,13 @@ class DisBlock(nn.Module):
         if self.preactivate:
             x = F.leaky_relu(x, NEGATIVE_SLOPE)
         x = F.leaky_relu(self.c1(x), NEGATIVE_SLOPE)
-        x = self._halve(x, self.c2.bias) if is_plain(self.c2) else F.avg_pool2d(self.c2(x), 2)
+        x = self._halve(x, self.c2.bias) if _is_plain_3x3(self.c2) else F.avg_pool2d(self.c2(x), 2)
         return x + shortcut
+
+    @property
+    def carries_changes(self) -> bool:
+        """Whether :meth:`changes` gives what calls of the block would: its convolutions are its own, without hooks."""
+        return is_plain(self.c0) and _is_plain_3x3(self.c1) and _is_plain_3x3(self.c2) and not _is_watched(self)
 
     def changes(self, x: Tensor, changes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """What the block makes of ``x``, and how ``x + change`` would change that, for each of ``changes``.

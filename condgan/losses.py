@@ -30,6 +30,15 @@ def _check_same_shape(first_name: str, first: Tensor, second_name: str, second: 
         )
 
 
+def _check_logits(objects: Tensor, **logits: Tensor | None) -> None:
+    """One logit for each row of objects."""
+    if objects.ndim != 2:
+        raise ValueError(f"objects must be (N, K), got {tuple(objects.shape)}")
+    for name, given in logits.items():
+        if given is not None and given.shape != objects.shape[:1]:
+            raise ValueError(f"{name} must be ({len(objects)},), one for each row of objects, got {tuple(given.shape)}")
+
+
 def wasserstein_discriminator_loss(*, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """The critic's loss, ``-real + fake``.
 
@@ -138,12 +147,14 @@ def auxiliary_loss(object_logits: Tensor, objects: Tensor) -> Tensor:
         output: (N,), not negative.
 
     Raises:
-        ValueError: the two shapes differ.
+        ValueError: the two shapes differ, or are not (N, K).
 
     Source: the auxiliary classifier of Odena et al. 2017, arXiv:1610.09585, with independent classes as in
     El-Nouby et al. 2019 (GeNeVA), arXiv:1811.09845.
     """
     _check_same_shape("object_logits", object_logits, "objects", objects)
+    if objects.ndim != 2:
+        raise ValueError(f"object_logits and objects must be (N, K), got {tuple(objects.shape)}")
     return F.binary_cross_entropy_with_logits(object_logits, objects, reduction="none").mean(1)
 
 
@@ -258,6 +269,7 @@ class Objective:
         Raises:
             ValueError: shapes differ.
         """
+        _check_logits(objects, real_logits=real_logits, fake_logits=fake_logits)
         loss = self.discriminator_loss(real_logits=real_logits, fake_logits=fake_logits)
         if self.aux_weight_discriminator:
             loss = loss + self.aux_weight_discriminator * auxiliary_loss(real_object_logits, objects)
@@ -317,6 +329,7 @@ class Objective:
         Raises:
             ValueError: shapes differ, or tensors that this objective reads are None.
         """
+        _check_logits(objects, real_logits=real_logits, fake_logits=fake_logits)
         loss = self.generator_loss(real_logits=real_logits, fake_logits=fake_logits)
         if self.aux_weight_generator:
             if fake_object_logits is None:

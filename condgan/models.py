@@ -88,7 +88,7 @@ class IterativeGenerator(PretrainedModel):
 
     def __init__(self, config: GeneratorConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or GeneratorConfig()
+        self.config = config = self.given_or_default(config)
         self.vocabulary = Vocabulary(config.objects)
         spelling = self.vocabulary.spelling() if config.words else None
         self.encoder = ConditionRNN(len(self.vocabulary), config.condition_dim, spelling)
@@ -421,7 +421,7 @@ class DiffDiscriminator(PretrainedModel):
 
     def __init__(self, config: DiscriminatorConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or DiscriminatorConfig()
+        self.config = config = self.given_or_default(config)
         self.vocabulary = Vocabulary(config.objects)
         self.num_blocks = int(log2((config.window or config.image_size) // 2))
         widths = [3 + sum(View.channels(config)), *widths_of(self.num_blocks, config.width)]
@@ -461,9 +461,16 @@ class DiffDiscriminator(PretrainedModel):
         inputs = [torch.cat((image, *maps, *view.details[i : i + 1]), 1) for i, image in enumerate(view.images)]
         with parametrize.cached():  # one step of spectral normalisation's power iteration for all
             weight = self.l6.weight
-            differences = self._changes(inputs) if is_coarse(weight) else self._differences(inputs)
+            carried = is_coarse(weight) and self._carries_changes
+            differences = self._changes(inputs) if carried else self._differences(inputs)
             light = None if self.light is None else self.light_bias(self.light(prev_image).to(weight.dtype))
             return [self._judge(difference, condition, light) for difference in differences]
+
+    @property
+    def _carries_changes(self) -> bool:
+        """Whether differences can pass the blocks; not if one was replaced or has hooks, which then sees pictures."""
+        blocks = [self.get_submodule(f"block{i + 1}") for i in range(SHARED_BLOCKS)]
+        return all(type(block) is DisBlock and block.carries_changes for block in blocks)
 
     def _differences(self, inputs: list[Tensor]) -> list[Tensor]:
         """How pictures with their maps differ from the first of them in what the blocks before the difference see."""
@@ -539,7 +546,7 @@ class NoiseEncoder(PretrainedModel):
 
     def __init__(self, config: NoiseEncoderConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or NoiseEncoderConfig()
+        self.config = config = self.given_or_default(config)
         sizes = [6 + View.channels(config)[1], *widths_of(3, config.width)]
         self.stages = nn.Sequential()
         for i, o in pairwise(sizes):

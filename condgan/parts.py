@@ -242,6 +242,9 @@ class PlaceModel(nn.Module):
         self.prior = nn.Parameter(torch.zeros(image_size // self.cell, image_size // self.cell))
 
     def forward(self, image: Tensor, condition: Tensor, uniform: Tensor, light: Tensor | None = None) -> Tensor:
+        size = self.cell * len(self.prior)
+        check_shape("image", image, len(image), 3, size, size)
+        check_shape("condition", condition, len(image), self.condition.in_features)
         check_shape("uniform", uniform, len(image), 3)
         x = self._read(image, condition, light)
         logits = self._logits(x)

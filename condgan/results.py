@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -255,8 +256,11 @@ def _verifier_objects(scenes: Sequence[Sequence[str]]) -> list[list[int]]:
     vocabulary = Vocabulary(_verifier().config.objects)
     try:
         return [[vocabulary.parse(name) for name in scene] for scene in scenes]
-    except ValueError as error:
-        raise ValueError(f"the bundled verifier, which knows i-CLEVR's objects, cannot help here: {error}") from error
+    except ValueError:
+        raise ValueError(
+            f"the bundled verifier knows i-CLEVR's objects only, not all of {sorted({*itertools.chain(*scenes)})}: "
+            "use a classifier of your own (examples/train_classifier.py)"
+        ) from None
 
 
 def target_objects(scenes: Sequence[Sequence[str]], start: Tensor | None) -> Tensor:

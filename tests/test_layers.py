@@ -6,6 +6,7 @@ import contextlib
 import pickle
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import reference
@@ -359,6 +360,69 @@ def test_a_layer_with_hooks_or_another_in_its_place_is_called(name: str) -> None
         torch.nn.utils.remove_spectral_norm(normed)
 
 
+CONVOLUTIONS = {
+    "reflected": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    "dilated": {"kernel_size": 3, "padding": 2, "dilation": 2},
+    "5x5": {"kernel_size": 5, "padding": 2},
+    "1x1": {"kernel_size": 1},
+    "grouped": {"kernel_size": 3, "padding": 1, "groups": 2},
+}
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize("name", ["gen", "dis"])
+@torch.no_grad()
+def test_another_convolution_in_a_block_does_what_it_says(name: str, shape: dict[str, Any]) -> None:
+    block = GenBlock(4, 4, 5).eval() if name == "gen" else DisBlock(4, 4, spectral=False).eval()
+    inputs = (torch.randn(4, 4, 64, 64), *([torch.randn(4, 5)] if name == "gen" else []))
+    part = "c1" if name == "gen" else "c2"
+    setattr(block, part, nn.Conv2d(4, 4, **shape))
+    found = block(*inputs)
+    seen: list[Tensor] = []
+    block.get_submodule(part).register_forward_hook(lambda module, given, output: seen.append(output))
+    torch.testing.assert_close(found, block(*inputs))
+    assert len(seen) == 1, "with a hook it is called"
+
+
+@pytest.mark.parametrize("name", ["gen", "dis", "cbn"])
+def test_gradients_can_be_watched_and_a_forward_can_be_replaced(name: str) -> None:
+    layer = {"gen": GenBlock(3, 4, 5), "dis": DisBlock(3, 4, spectral=False), "cbn": ConditionalBatchNorm2d(3, 5)}[name]
+    layer = randomise(layer).eval()
+    inputs = (torch.randn(4, 3, 64, 64), *([] if name == "dis" else [torch.randn(4, 5)]))
+    for key, part in layer.named_modules():
+        if isinstance(part, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
+            calls: list[nn.Module] = []
+            hook = part.register_full_backward_hook(partial(lambda calls, part, *_: calls.append(part), calls))
+            layer(*(x.requires_grad_() for x in inputs)).square().sum().backward()
+            hook.remove()
+            assert calls == [part], key
+            before, forward = layer(*inputs), part.forward
+            part.forward = lambda x, forward=forward: 2 * forward(x)  # type: ignore[method-assign, misc]
+            assert not torch.allclose(layer(*inputs), before, atol=1e-3), key
+            del part.forward
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "affine": lambda: nn.BatchNorm2d(4),
+    "another eps": lambda: nn.BatchNorm2d(4, affine=False, eps=1.0),
+    "of the batch": lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False),
+    "groups": lambda: nn.GroupNorm(2, 4),
+    "none": nn.Identity,
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@torch.no_grad()
+def test_another_norm_is_used_in_eval_mode_as_in_training(norm: Callable[[], nn.Module]) -> None:
+    layer = randomise(ConditionalBatchNorm2d(4, 5)).eval()
+    layer.bn = norm().eval()
+    if getattr(layer.bn, "weight", None) is not None:
+        nn.init.constant_(layer.bn.weight, 3.0)
+    x, condition = torch.randn(3, 4, 6, 6), torch.randn(3, 5)
+    scale, shift = layer.fc(condition)[:, :, None, None].chunk(2, 1)
+    torch.testing.assert_close(layer(x, condition), layer.bn(x) * (1 + scale) + shift)
+
+
 def test_changes_see_one_step_of_spectral_normalisation() -> None:
     block = DisBlock(3, 8).train()
     x, change = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
@@ -398,6 +462,7 @@ def test_what_a_block_remembers_is_no_part_of_its_state() -> None:
     assert block.get_parameter("c1.weight").grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own forward mode uses it
 def test_a_rectified_change_is_the_difference_of_the_rectified_and_so_are_its_derivatives() -> None:
     x, change = 0.1 + torch.rand(2, 40, dtype=torch.float64)
     x, change = x * torch.tensor([1.0, -1.0]).repeat(20), 3 * change * torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(10)
@@ -407,6 +472,15 @@ def test_a_rectified_change_is_the_difference_of_the_rectified_and_so_are_its_de
     torch.testing.assert_close(layers.rectified_change(*inputs), expected)
     assert torch.autograd.gradcheck(layers.rectified_change, inputs)
     assert torch.autograd.gradgradcheck(layers.rectified_change, inputs)
+    plain = lambda x, change: F.leaky_relu(x + change, 0.01) - F.leaky_relu(x, 0.01)  # noqa: E731
+    tangents = tuple(torch.rand_like(given) for given in inputs)
+    found, wanted = (torch.func.jvp(f, inputs, tangents) for f in (layers.rectified_change, plain))
+    torch.testing.assert_close(found, wanted)
+    found, wanted = (
+        torch.vmap(torch.func.grad(lambda *given, f=f: f(*given).square().sum(), (0, 1)))(*inputs)
+        for f in (layers.rectified_change, plain)
+    )
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("spectral", [True, False])

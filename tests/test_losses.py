@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from condgan import losses
 from condgan.losses import (
     OBJECTIVES,
+    Objective,
     auxiliary_loss,
     gradient_penalty,
     r1_penalty,
@@ -309,3 +310,21 @@ def test_a_reversed_gradient_is_that_of_minus_the_loss() -> None:
     assert torch.equal(reversed_, x)
     reversed_.square().sum().backward()
     assert torch.equal(x.grad, -2 * x)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (1,), ()])
+def test_an_objective_refuses_logits_that_would_broadcast(objective: Objective, shape: tuple[int, ...]) -> None:
+    logits, objects, object_logits = torch.zeros(shape), torch.zeros(4, 3), torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=r"real_logits must be \(4,\), one for each row of objects, got"):
+        objective.discriminator(
+            real_logits=logits, fake_logits=logits, real_object_logits=object_logits, objects=objects
+        )
+    with pytest.raises(ValueError, match=r"logits must be \(4,\), one for each row of objects, got"):
+        objective.generator(real_logits=logits, fake_logits=logits, fake_object_logits=object_logits, objects=objects)
+
+
+def test_objects_of_whole_scenes_are_refused() -> None:
+    turns = torch.zeros(4, 3, 24)
+    with pytest.raises(ValueError, match=r"must be \(N, K\), got \(4, 3, 24\)"):
+        auxiliary_loss(turns, turns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from reference import randomise
 from tiny import COMPACT, lively_generator
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import is_parametrized
 
 from condgan import ObjectCounterConfig, SceneClassifierConfig, models
@@ -1441,3 +1443,76 @@ def test_networks_pass_the_device_meta(config: str | None) -> None:
 def test_fields_of_configs_are_of_their_types(config: type[Any], field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**{field: value})
+
+
+# What others put in place of parts, and how they derive from classes
+
+
+class Doubled(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = 2 * self.base(x)
+        return output
+
+
+@torch.no_grad()
+def test_another_block_in_a_discriminator_works_under_autocast_and_hooks_see_pictures() -> None:
+    config = DiscriminatorConfig(width=4, spectral_norm=False)
+    discriminator, arguments = randomise(DiffDiscriminator(config)), discriminator_input(config)
+    calls: list[int] = []
+    hook = discriminator.block2.register_forward_hook(lambda module, given, output: calls.append(len(output)))
+    with torch.autocast("cpu", torch.bfloat16):
+        discriminator(*arguments)
+    hook.remove()
+    assert calls == [4], "both pictures at once"
+    discriminator.block2 = Doubled(discriminator.block2)
+    exact = discriminator(*arguments).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = discriminator(*arguments).logits
+    assert (coarse - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_gradients_of_each_sample_of_a_discriminator_under_autocast() -> None:
+    config = DiscriminatorConfig(width=4, spectral_norm=False)
+    discriminator, arguments = randomise(DiffDiscriminator(config)).eval(), discriminator_input(config)
+    exact = per_sample_gradients(discriminator, arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = per_sample_gradients(discriminator, arguments)
+    name = "block1.c1.weight"
+    assert (coarse[name] - exact[name]).norm() < 0.1 * exact[name].norm()
+
+
+def test_linear_layers_can_be_pruned_and_normalised_everywhere() -> None:
+    for change in (
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.3),
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+    ):
+        generator = lively_generator(COMPACT)
+        generator.l0.weight.data = generator.l0.weight.data.contiguous()  # as docs/performance.md says
+        for layer in [part for part in generator.modules() if type(part) is nn.Linear]:
+            change(layer)
+        assert generator.generate("red cube", seed=0).tensor.isfinite().all()
+
+
+def test_a_config_of_another_kind_is_refused() -> None:
+    for wrong in ("iclevr-64", {"width": 4}, 16, DiscriminatorConfig()):
+        with pytest.raises(TypeError, match=r"config must be a GeneratorConfig or None, got .*from_pretrained"):
+            IterativeGenerator(wrong)  # type: ignore[arg-type]
+
+
+def test_a_derived_class_loads_what_its_base_has_learned(tmp_path: Path) -> None:
+    class Mine(IterativeGenerator):
+        pass
+
+    lively_generator(COMPACT).save_pretrained(tmp_path / "base")
+    mine = Mine.from_pretrained(tmp_path / "base")
+    assert type(mine) is Mine
+    mine.save_pretrained(tmp_path / "mine")
+    assert json.loads((tmp_path / "mine" / "config.json").read_text())["model_type"] == "Mine"
+    Mine.from_pretrained(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"holds the model type Mine, wanted is IterativeGenerator"):
+        IterativeGenerator.from_pretrained(tmp_path / "mine")
