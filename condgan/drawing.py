@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, Protocol, get_args
 
@@ -243,6 +243,33 @@ def _turn_noise(generator: SceneModel, rngs: Sequence[torch.Generator]) -> TurnN
     """The next turn's use of each random source; the same for models that do not know places."""
     uniform = torch.stack([torch.rand(3, generator=rng, dtype=torch.float32, device="cpu") for rng in rngs])
     return TurnNoise(uniform.to(next(generator.parameters()).device), _normal(generator, rngs, generator.z_dim))
+
+
+class SceneNoise(NamedTuple):
+    """The random numbers of whole scenes, float32 or as the model's weights, on their device."""
+
+    light: Tensor
+    """(N, L) standard normal: the light of the empty scene, read by ``generator.canvas``."""
+    grain: Tensor
+    """(N, 3, H, W) standard normal: its grain, likewise."""
+    uniform: Tensor
+    """(N, T, 3) in [0, 1): the places of all turns, read by ``generator.place_model``."""
+    z: Tensor
+    """(N, T, z_dim) standard normal: what the generator takes."""
+
+
+def scene_noise(generator: SceneModel, seeds: object, turns: int) -> SceneNoise:
+    """What ``IterativeGenerator.noise`` does; see there."""
+    listed = list(seeds) if isinstance(seeds, Iterable) else [seeds]
+    if not listed:
+        raise ValueError("seeds is empty: give at least one")
+    if None in listed:
+        raise TypeError("seeds must be whole numbers, got None")
+    rngs = [random_source(parse_seed(seed)) for seed in listed]
+    turns = parse_whole("turns", turns, 1)
+    light, grain = _canvas_noise(generator, rngs)
+    uniform, z = zip(*(_turn_noise(generator, rngs) for _ in range(turns)), strict=True)
+    return SceneNoise(light, grain, torch.stack(uniform, 1), torch.stack(z, 1))
 
 
 def _draw_turn(

@@ -7,7 +7,6 @@ is read can run code: configs are JSON with checked types, weights are safetenso
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import logging
 import os
@@ -24,6 +23,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from condgan.files import settle
+from condgan.vocab import did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -159,7 +161,8 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write ``config.json``, ``model.safetensors`` and ``README.md`` into a folder; returns the folder.
 
-        All three files are complete before the first of them replaces an older one.
+        All files are complete before the first of them replaces an older one. A ``README.md`` that is there already
+        stays, for somebody may have written into it; removed, it is written anew.
 
         Args:
             folder: made if it is not there.
@@ -182,9 +185,12 @@ class PretrainedModel(nn.Module):
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if (folder / CARD_NAME).exists():
+                del contents[CARD_NAME]
             with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:  # on the disk of the folder
                 for filename, content in contents.items():
                     (Path(temporary) / filename).write_bytes(content)
+                    settle(Path(temporary) / filename)
                 for filename in contents:
                     os.replace(Path(temporary) / filename, folder / filename)
         except OSError as error:
@@ -202,6 +208,8 @@ class PretrainedModel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> str:
         """Upload the files of :meth:`save_pretrained` to the Hugging Face hub as one commit.
+
+        A ``README.md`` that is there already stays, as in a folder.
 
         Args:
             repo_id: ``"org/repo"``, made if it is not there; ``"repo"`` is one of your own.
@@ -227,7 +235,10 @@ class PretrainedModel(nn.Module):
                     full_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
                     api.repo_info(full_id, revision=revision)
                 full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-                (folder / CARD_NAME).write_text(self.model_card(full_id), encoding="utf-8")
+                if api.file_exists(full_id, CARD_NAME, revision=revision):
+                    (folder / CARD_NAME).unlink()
+                else:
+                    (folder / CARD_NAME).write_text(self.model_card(full_id), encoding="utf-8")
                 files = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
                 # create_commit and not upload_folder, which may split the files over several commits
                 commit = api.create_commit(full_id, files, commit_message=commit_message, revision=revision)
@@ -343,11 +354,9 @@ def _local_folder(name: str | Path) -> Path | None:
         raise CheckpointError(f"{path} {what}. A checkpoint is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}.")
     if _HUB_ID.fullmatch(text):
         return None
-    close = difflib.get_close_matches(text, list_pretrained(None), n=1, cutoff=0.0)
-    guess = f"did you mean {close[0]!r}? " if close else ""
     raise CheckpointError(
-        f"unknown checkpoint {text!r}: {guess}Give a name of condgan.list_pretrained(None), "
-        "an existing folder, or a hub id 'org/repo'."
+        f"unknown checkpoint {text!r}: {did_you_mean(text, list_pretrained(None))} Give a name of "
+        "condgan.list_pretrained(None), an existing folder, or a hub id 'org/repo'."
     )
 
 

@@ -20,7 +20,7 @@ from condgan import images as pictures
 from condgan.canvas import Canvas
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.correction import ANSWERS, EDGE, FirstTurnCorrection
-from condgan.drawing import Redraw
+from condgan.drawing import Redraw, SceneNoise
 from condgan.functional import channels_last, crop, paste
 from condgan.hub import PretrainedModel
 from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised
@@ -370,6 +370,29 @@ class IterativeGenerator(PretrainedModel):
             :class:`condgan.Turn`: ``image``, ``added``, ``difference``, ``place``.
         """
         return drawing.stream(self, conditions, seed=seed, at=at)
+
+    def noise(self, seeds: int | Sequence[int], turns: int) -> SceneNoise:
+        """The random numbers that scenes of these seeds are drawn from, for rollouts of your own.
+
+        With them :func:`condgan.functional.rollout` draws what :meth:`generate` draws, or what lies between two seeds:
+        docs/quickstart.md shows how. They are those of scenes that are drawn once, with ``best_of=1``.
+
+        Args:
+            seeds: N seeds, 0 to 2**63 - 1, or one.
+            turns: number T of turns. The first ones are the same however many there are.
+
+        Returns:
+            :class:`condgan.drawing.SceneNoise`: ``light``, ``grain``, ``uniform`` and ``z``.
+
+        Raises:
+            TypeError: an argument is no whole number.
+            ValueError: there are no seeds, one is out of range, or ``turns`` is below 1.
+
+        Example:
+            >>> IterativeGenerator(GeneratorConfig(width=4)).noise([7, 8], turns=3).z.shape
+            torch.Size([2, 3, 100])
+        """
+        return drawing.scene_noise(self, seeds, turns)
 
 
 class DiscriminatorOutput(NamedTuple):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from math import isfinite
 from typing import Any, get_args, get_origin, get_type_hints
@@ -11,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
 from condgan.losses import OBJECTIVES
 from condgan.requests import parse_seed
+from condgan.vocab import did_you_mean
 
 LEARNING_RATES = ("lr_generator", "lr_discriminator", "lr_encoder", "lr_reconstruction")
 
@@ -164,7 +164,7 @@ def find_preset(name: str) -> TrainConfig:
     """
     if name not in PRESETS:
         raise ValueError(
-            f"unknown preset {name!r}: {_did_you_mean(name, PRESETS)} The presets are {', '.join(PRESETS)}."
+            f"unknown preset {name!r}: {did_you_mean(name, PRESETS)} The presets are {', '.join(PRESETS)}."
         )
     return PRESETS[name]
 
@@ -183,7 +183,7 @@ def with_fields(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
             raise ValueError(f"{assignment!r} is not FIELD=VALUE, such as lr_generator=1e-4")
         if field not in hints:
             raise ValueError(
-                f"unknown field {field!r}: {_did_you_mean(field, hints)} The fields are those of "
+                f"unknown field {field!r}: {did_you_mean(field, hints)} The fields are those of "
                 "condgan.presets.TrainConfig."
             )
         part, _, name = field.rpartition(".")
@@ -224,7 +224,3 @@ def _field_value(field: str, text: str, hint: Any) -> Any:
     except ValueError:
         kind = {int: "a whole number", float: "a number"}[hint]
         raise ValueError(f"{field} must be {kind}, got {text!r}") from None
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    return f"did you mean {difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]!r}?"

@@ -1,4 +1,4 @@
-"""Object names, their ids and multi-hot vectors: the only place that parses text."""
+"""Object names, their ids and multi-hot vectors: the only place that parses names."""
 
 from __future__ import annotations
 
@@ -87,9 +87,8 @@ class Vocabulary:
         key = _canonical(name)
         if key in self._ids:
             return self._ids[key]
-        close = difflib.get_close_matches(key, self.names, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"unknown object {name!r}: did you mean {close!r}? "
+            f"unknown object {name!r}: {did_you_mean(key, self.names)} "
             "The known names are in `model.vocabulary.names` and in `condgan info`."
         )
 
@@ -122,3 +121,8 @@ def _by_id(ids: Mapping[str, int]) -> tuple[str, ...]:
 def _canonical(name: str) -> str:
     """The one spelling of a name."""
     return " ".join("gray" if word == "grey" else word for word in name.lower().split())
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Ask whether a name that is unknown should be the closest of those that are known, at least one."""
+    return f"did you mean {difflib.get_close_matches(name, [*known], n=1, cutoff=0.0)[0]!r}?"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from condgan import IterativeGenerator
 from condgan.drawing import draw_turns
 from condgan.functional import encode_objects, roll_conditions, rollout
-from condgan.images import from_uint8, load_image, to_pil, to_uint8
+from condgan.images import from_uint8, load_image, round_levels, to_pil, to_uint8
 
 # What a picture depends on
 
@@ -491,3 +492,34 @@ def test_add_refuses_what_is_no_picture(compact: IterativeGenerator, tmp_path: P
         compact.add(torch.full((3, 64, 64), float("nan")), "red cube")
     with pytest.raises(FileNotFoundError, match=r"missing\.png"):
         compact.add(tmp_path / "missing.png", "red cube")
+
+
+@pytest.mark.parametrize("seeds", [[7, 2**63 - 1], range(3, 5)])
+def test_the_noise_of_seeds_is_what_their_scenes_are_drawn_from(
+    compact: IterativeGenerator, seeds: Sequence[int]
+) -> None:
+    scene = ["red cube", "blue sphere"]
+    light, grain, uniform, z = compact.noise(seeds, turns=3)
+    assert torch.equal(compact.noise(seeds[1], turns=1).z[0], z[1, :1])
+    for i, seed in enumerate(seeds):
+        wanted = compact.generate(scene, seed=seed)
+        with torch.no_grad():
+            image, rest = round_levels(compact.canvas(light[i : i + 1], grain[i : i + 1]))
+            assert torch.equal(image, wanted.trajectory[:, 0])
+            conditions, _ = roll_conditions(compact.encoder, encode_objects([scene]))
+            assert compact.place_model is not None
+            light_seen = compact.read_light(image)
+            first = compact.place_model(image, conditions[:, 0], uniform[i : i + 1, 0], light_seen)
+            assert wanted.places is not None
+            assert first.tolist()[0] == pytest.approx(wanted.places[0][0])
+            places = torch.tensor(wanted.places)
+            drawn = rollout(compact, conditions, z[i : i + 1, :2], image, places, rest=rest)
+        assert torch.equal(drawn, wanted.trajectory[:, 1:])
+
+
+def test_noise_of_what_is_no_seed_is_refused(generator: IterativeGenerator) -> None:
+    for seeds in ([], ["red cube"], None, [None], [-1], 2**63):
+        with pytest.raises((TypeError, ValueError), match="seed"):
+            generator.noise(seeds, turns=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="turns"):
+        generator.noise(7, turns=0)

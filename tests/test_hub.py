@@ -171,6 +171,7 @@ def test_a_config_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", sorted(FILES))
 def test_a_save_that_fails_changes_nothing(toy: Toy, folder: Path, monkeypatch: pytest.MonkeyPatch, last: str) -> None:
+    (folder / "README.md").unlink()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     write = Path.write_bytes
 
@@ -194,6 +195,16 @@ def test_saving_again_replaces_the_files_and_only_these(toy: Toy, folder: Path) 
     new.save_pretrained(folder)
     assert_same(Toy.from_pretrained(folder), new)
     assert {path.name for path in folder.iterdir()} == FILES | {"notes.txt"}
+
+
+def test_a_card_that_somebody_has_written_into_stays(toy: Toy, folder: Path) -> None:
+    written = toy.model_card() + "Likes the sea."
+    (folder / "README.md").write_text(written)
+    Toy().save_pretrained(folder)
+    assert (folder / "README.md").read_text() == written
+    (folder / "README.md").unlink()
+    toy.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == toy.model_card()
 
 
 def test_a_folder_that_cannot_be_written_is_named(toy: Toy, tmp_path: Path) -> None:
@@ -601,6 +612,10 @@ def test_what_was_pushed_loads_bit_for_bit(hub: HubServer, toy: Toy) -> None:
     second = new.push_to_hub("org/new", token="hf_secret")
     assert second != url
     assert_same(Toy.from_pretrained("org/new"), new)
+    hub.repos["org/new"]["main"]["README.md"] = b"written on the hub's page"
+    toy.push_to_hub("org/new", token="hf_secret")
+    assert_same(Toy.from_pretrained("org/new"), toy)
+    assert hub.repos["org/new"]["main"]["README.md"] == b"written on the hub's page"
     new.push_to_hub("org/mine", private=True, token="hf_secret", dtype=torch.float16)
     assert hub.private == {"org/mine"}
     half = new.state_dict()["first"].half()

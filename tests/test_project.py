@@ -26,7 +26,8 @@ PACKAGE = ROOT / "condgan"
 
 # Imports go one way: a module uses only modules of the groups above its own.
 GROUPS = (
-    ("vocab", "derived", "files", "losses", "hub", "images", "ranks", "precision", "allocator", "devices"),
+    ("vocab", "derived", "files", "losses", "images", "ranks", "precision", "allocator", "devices"),
+    ("hub",),
     ("layers", "flow", "light", "configs", "correction"),
     ("functional", "requests"),
     ("canvas", "classifier", "counter", "presets"),
