@@ -13,6 +13,7 @@ import os
 import re
 import reprlib
 import tempfile
+import threading
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from condgan.files import settle
 from condgan.vocab import did_you_mean
@@ -42,6 +47,9 @@ PUBLISHED: tuple[tuple[str, str], ...] = ()
 
 ADDED_LATER = "added later"
 """Key in the metadata of a config's field that checkpoints of earlier versions do not have."""
+
+SPARE = 8
+"""Numbers that a model may make while it is built for each one that is stored: some are registered more than once."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _NOT_HERE = (
@@ -134,12 +142,14 @@ class PretrainedModel(nn.Module):
             if issubclass(base, PretrainedModel) and getattr(base, "config_class", None) is cls.config_class
         ]
         config = _parse_config(path.read_bytes(), str(path), relatives, cls.config_class)
+        weights = _existing(folder, WEIGHTS_NAME)
+        stored = _read_weights(weights)
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), _no_larger_than(stored):
                 model = cls(config).float()
         except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # such as a width of 10**20
             raise CheckpointError(f"{path} does not describe a model: {error}") from error
-        _load_weights(model, folder)
+        _load_weights(model, stored, weights)
         return model.to(map_location).eval()
 
     @classmethod
@@ -551,15 +561,41 @@ def _stored_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Te
     return tensors
 
 
-def _load_weights(model: nn.Module, folder: Path) -> None:
-    """Copy the tensors of a folder into the model; every one has to be there, and no other."""
-    path = _existing(folder, WEIGHTS_NAME)
+@contextmanager
+def _no_larger_than(stored: dict[str, Tensor]) -> Iterator[None]:
+    """Stop a model while it is built, with a ValueError, if these tensors could never be its own.
+
+    A config can ask for more memory than there is; then the system would end the process.
+    """
+    builder, left = threading.get_ident(), SPARE * sum(tensor.numel() for tensor in stored.values())
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal left
+        if tensor is not None and threading.get_ident() == builder:  # other threads may build others
+            left -= tensor.numel()
+            if left < 0:
+                raise ValueError(f"it would be many times as large as {WEIGHTS_NAME}")
+
+    hooks = (register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count))
     try:
-        stored = safetensors.torch.load_file(path)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file."""
+    try:
+        return safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path.resolve()} is cut short or damaged ({error}): delete this file, then download or save it again."
         ) from error
+
+
+def _load_weights(model: nn.Module, stored: dict[str, Tensor], path: Path) -> None:
+    """Copy the tensors of the file ``path`` into the model; every one has to be there, and no other."""
     misfits = {
         name: f"{name} is {_kind(stored[name])}, wanted {_kind(tensor)}"
         for name, tensor in model.state_dict().items()

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import safetensors.torch
@@ -264,6 +264,31 @@ def test_the_card_tells_what_the_model_is(toy: Toy) -> None:
 def test_a_config_that_is_wrong_is_refused(folder: Path, changes: dict[str, Any], words: list[str]) -> None:
     change_config(folder, **changes)
     refused(folder, *words)
+
+
+class Tower(PretrainedModel):
+    """Grows with its config as no toy may; it counts its floors while it is built."""
+
+    config_class = ToyConfig
+    floors: ClassVar[list[int]] = []
+
+    def __init__(self, config: ToyConfig | None = None) -> None:
+        super().__init__()
+        self.config = self.given_or_default(config)
+        for floor in range(self.config.width):
+            self.floors.append(floor)
+            setattr(self, f"floor{floor}", nn.Linear(10, 10))
+
+
+def test_a_config_that_asks_for_far_more_than_the_file_holds_is_refused_while_it_is_built(tmp_path: Path) -> None:
+    tower = Tower(ToyConfig(width=5))
+    folder = tower.save_pretrained(tmp_path / "tower")
+    assert_same(Tower.from_pretrained(folder), tower)
+    change_config(folder, width=10_000)
+    Tower.floors.clear()
+    refused(folder, "config.json does not describe", "many times as large as model.safetensors", model=Tower)
+    assert 5 < len(Tower.floors) < 1000
+    Tower(ToyConfig(width=2000))  # who builds one himself may have it as high as he likes
 
 
 def test_an_int_is_a_float_too(toy: Toy, folder: Path) -> None:
