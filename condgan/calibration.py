@@ -30,6 +30,8 @@ FOUND_NOISE_STD = 0.15
 LIGHT_NOISE_STD = 0.3
 """The same for the light of later turns, whose numbers have a variance of 1: without it they would name the scene."""
 BATCH_SIZE = 32
+RECALIBRATION_BATCHES = 8
+"""Batches of :data:`BATCH_SIZE` scenes that :func:`recalibrate` averages statistics over."""
 MAPPING_EPOCHS = 64
 """How often :func:`fit_mapping` sees every turn."""
 MAPPING_LEARNING_RATE = 2e-3
@@ -297,7 +299,7 @@ def _fit(
 
 
 @torch.no_grad()
-def recalibrate(generator: IterativeGenerator, objects: Tensor, batches: int = 8) -> None:
+def recalibrate(generator: IterativeGenerator, objects: Tensor) -> None:
     """Set the running statistics of every batch norm to those of scenes that the generator draws by itself.
 
     Averaged weights do not fit averaged statistics, and training sees real previous pictures where drawing sees the
@@ -306,7 +308,6 @@ def recalibrate(generator: IterativeGenerator, objects: Tensor, batches: int = 8
     Args:
         generator: changed in place.
         objects: (S, T, K) multi-hot objects of scenes to draw from.
-        batches: number of batches, of :data:`BATCH_SIZE` scenes, that the statistics are averaged over.
 
     Source: precise batch norm, Wu and Johnson 2021, arXiv:2105.07576, section 3.
     """
@@ -317,7 +318,7 @@ def recalibrate(generator: IterativeGenerator, objects: Tensor, batches: int = 8
         norm.momentum = None  # a plain mean over all batches
     generator.train()
     rng = torch.Generator().manual_seed(0)
-    for batch in range(batches):
+    for batch in range(RECALIBRATION_BATCHES):
         chosen = objects[torch.randint(len(objects), (BATCH_SIZE,), generator=rng)]
         seeds = range(batch * BATCH_SIZE, (batch + 1) * BATCH_SIZE)
         for _ in iterate_turns(generator, chosen, [random_source(seed) for seed in seeds], [[]] * BATCH_SIZE, None):

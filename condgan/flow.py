@@ -103,7 +103,7 @@ class ContinuousFlow(nn.Module):
         return f"dim={self.dim}"
 
     @torch.no_grad()
-    def fit(self, x: Tensor, epochs: int = EPOCHS, batch_size: int = 128, *, progress: bool = False) -> None:
+    def fit(self, x: Tensor, epochs: int | None = None, batch_size: int = 128, *, progress: bool = False) -> None:
         """Learn a distribution from vectors of it, with AdamW.
 
         Every tenth vector is not learned from, and the weights of the epoch that does best on these are kept: too few
@@ -112,10 +112,11 @@ class ContinuousFlow(nn.Module):
 
         Args:
             x: (S, K), at least one, each number of mean 0 and standard deviation 1.
-            epochs: how often each vector is seen, at most.
+            epochs: how often each vector is seen, at most; None is :data:`EPOCHS`.
             batch_size: vectors a step.
             progress: show a progress bar on stderr.
         """
+        epochs = EPOCHS if epochs is None else epochs
         held_out = torch.arange(len(x), device=x.device) % 10 == 9
         known, unknown = x[~held_out], x[held_out].repeat(4, 1)
         rng = torch.Generator().manual_seed(0)

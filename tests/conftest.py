@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from scenes import write_iclevr_layout
-from tiny import COMPACT, REFERENCE, lively_generator
+from tiny import COMPACT, REFERENCE, lively_generator, shorten_fits
 
-from condgan import IterativeGenerator, calibration
+from condgan import IterativeGenerator
 from condgan.prepare import prepare
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads would wait for each other
@@ -49,6 +49,6 @@ def same_weights_whatever_ran_before() -> None:
 
 
 @pytest.fixture(autouse=True)
-def short_fit_of_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the end of a run it would take longer than the runs of these tests."""
-    monkeypatch.setattr(calibration, "PLACE_EPOCHS", 1)
+def short_fits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.node.get_closest_marker("whole_fits"):
+        shorten_fits(monkeypatch.setattr)

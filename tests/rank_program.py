@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import torch
-from tiny import RUN
+from tiny import RUN, shorten_fits
 from torch import Tensor, nn
 
-from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator, runs, training
+from condgan import DiscriminatorConfig, GeneratorConfig, IterativeGenerator, runs
 from condgan import ranks as ranks_module
 from condgan.batches import TrainingScenes
 from condgan.datasets import SceneDataset
@@ -132,6 +132,7 @@ def normed_parts(ranks: Ranks | None) -> list[Tensor]:
 
 def main() -> None:
     task, *arguments = sys.argv[1:]
+    shorten_fits()
     if task == "compare":
         data, out = map(Path, arguments)
         ranks_module.LARGE = 1000  # for networks as small as these
@@ -142,8 +143,6 @@ def main() -> None:
             torch.save(results, out / f"{ranks.rank}.pt")
     elif task == "train":
         data, out = map(Path, arguments)
-        training.recalibrate = lambda generator, objects: None  # slow, and of the exported copy only
-        training.fit_places = lambda *arguments, **options: None  # likewise
         runs.train(data, out, LONG, device="cpu", checkpoint_seconds=1, progress=False)
 
 

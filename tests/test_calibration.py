@@ -29,6 +29,8 @@ from condgan.functional import places_of_turns, roll_conditions
 from condgan.images import from_uint8, to_uint8
 from condgan.models import NoiseEncoder
 
+pytestmark = pytest.mark.whole_fits
+
 
 def test_recalibrated_statistics_are_those_of_own_scenes(data: Path) -> None:
     generator = lively_generator(COMPACT)
@@ -37,7 +39,7 @@ def test_recalibrated_statistics_are_those_of_own_scenes(data: Path) -> None:
             assert module.running_mean is not None
             module.running_mean.fill_(1000.0)
     objects = torch.nn.functional.one_hot(SceneDataset(data, "train").objects, 24).float()
-    recalibrate(generator, objects, batches=1)
+    recalibrate(generator, objects)
     assert not generator.training
     seen: list[Tensor] = []
     hook = generator.bn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -14,6 +14,8 @@ from condgan.canvas import RESIDUAL_THRESHOLD, RIM, Canvas
 from condgan.flow import ContinuousFlow
 from condgan.images import from_uint8, to_uint8
 
+pytestmark = pytest.mark.whole_fits
+
 SIZE = 32
 NUM_COMPONENTS = 3
 GRAIN_MIX = torch.tensor([[0.006, 0.0, 0.0], [0.004, 0.005, 0.0], [-0.002, 0.001, 0.005]])

@@ -115,7 +115,6 @@ def test_train_makes_do_with_few_scenes(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_mean_of_two_generators_is_corrected_anew(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(calibration, "BATCH_SIZE", 2)  # recalibration takes longer than the rest
     one, other = lively_generator(COMPACT, seed=0), lively_generator(COMPACT, seed=1)
     one.save_pretrained(tmp_path / "one")
     other.save_pretrained(tmp_path / "other")
@@ -276,7 +275,6 @@ def test_finetune_moves_a_loaded_model_towards_the_data(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(calibration, "BATCH_SIZE", 2)  # recalibration takes longer than the rest
     config = GeneratorConfig(
         width=4, z_dim=4, condition_dim=8, output="blend", places=True, window=40, mapping=True, light_components=2
     )
@@ -469,7 +467,6 @@ def test_wrong_numbers_and_files_are_refused_before_the_data_is_read(
 def test_held_out_pairs_are_not_trained_on_but_asked_for(
     words: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(training, "recalibrate", lambda generator, objects: None)  # it takes longer than the rest
     compact = presets.PRESETS["compact"]
     few = dataclasses.replace(compact.generator, light_components=2)  # there are only 18 scenes
     monkeypatch.setitem(presets.PRESETS, "compact", dataclasses.replace(compact, generator=few))

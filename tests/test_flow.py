@@ -12,6 +12,8 @@ from torch import Tensor
 
 from condgan.flow import DISTRIBUTION, ConditionalFlow, ContinuousFlow
 
+pytestmark = pytest.mark.whole_fits
+
 
 def bend(count: int, seed: int) -> Tensor:
     """(count, 3) with mean 0 and std 1: a normal number, a curve of it, and a noisy sum of both."""

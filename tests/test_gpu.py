@@ -15,7 +15,7 @@ from pretend_gpu import GPU, OnGpu, pretend_gpu
 from tiny import RUN, SCENES, make_trainer
 from torch import Tensor
 
-from condgan import IterativeGenerator, ObjectCounter, SceneClassifier, calibration, precision, ranks
+from condgan import IterativeGenerator, ObjectCounter, SceneClassifier, precision, ranks
 from condgan.cli import main
 from condgan.datasets import SceneDataset
 from condgan.images import LEVEL
@@ -45,12 +45,6 @@ def test_the_pretended_gpu_is_as_strict_as_a_real_one() -> None:
                 wrong()
         with pytest.raises(TypeError):
             there.numpy()
-
-
-@pytest.fixture(autouse=True)
-def short_fit_of_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Like that of places in conftest.py."""
-    monkeypatch.setattr(calibration, "MAPPING_EPOCHS", 2)
 
 
 def on_gpu(generator: IterativeGenerator) -> IterativeGenerator:
@@ -84,11 +78,11 @@ def test_a_gpu_draws_what_a_cpu_draws(
 def test_a_gpu_learns_what_a_cpu_learns_and_is_waited_for_once_a_step(data: Path, objective: str) -> None:
     config = dataclasses.replace(RUN, objective=objective, legibility_weight=1.0, reconstruction_images=27)
     trainer = make_trainer(data, config, SceneClassifier.from_pretrained())
-    wanted = [trainer.train_step() for _ in range(8)]
+    wanted = [trainer.train_step() for _ in range(6)]
     with pretend_gpu() as gpu:
         trainer = make_trainer(data, config, SceneClassifier.from_pretrained(), GPU)
         losses, waits = [], []
-        for _ in range(8):
+        for _ in range(6):
             gpu.waits.clear()
             losses.append(trainer.train_step())
             waits.append([*gpu.waits])

@@ -20,7 +20,6 @@ from rank_program import CONFIGS, LONG, normed_parts, start_ranks, trained
 from safetensors import safe_open
 from tiny import RUN
 
-from condgan import training
 from condgan.batches import own_parts
 from condgan.checkpoints import CHECKPOINT
 from condgan.ranks import ALONE, GlobalBatchNorm, RankLost, Ranks, _losing_ranks, joined, launched, own_device
@@ -232,7 +231,6 @@ def test_a_run_goes_on_with_other_ranks_after_a_signal_to_one_and_the_death_of_o
         )
     steps = reached(out)
 
-    monkeypatch.setattr(training, "recalibrate", lambda generator, objects: None)
     config = dataclasses.replace(LONG, images=9 * (20 * (steps // 20) + 40))  # to the end of a line of 20 steps
     train(data, out, config, device="cpu", progress=False)
     train(data, tmp_path / "whole", config, device="cpu", progress=False)

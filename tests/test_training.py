@@ -115,11 +115,12 @@ def test_reconstruction_gets_nearer_to_the_real_pictures(data: Path) -> None:
         return float(trainer._reconstruction_errors(fake, batch).mean())
 
     before = error()
-    for _ in range(160):
+    for _ in range(60):
         trainer.train_step()
-    assert error() < 0.9 * before
+    assert error() < 0.95 * before
 
 
+@pytest.mark.whole_fits
 def test_when_the_adversarial_stage_begins_the_mapping_knows_the_codes_that_are_found(data: Path) -> None:
     trainer = make_trainer(data, dataclasses.replace(RUN, reconstruction_images=360))
     batch = trainer.scenes.batch(0, 16, 0)
@@ -174,14 +175,14 @@ def test_half_of_the_pictures_are_drawn_with_the_code_that_was_found(
 
 
 def test_the_mapping_learns_the_codes_that_are_found_and_nothing_else_feels_it(data: Path) -> None:
-    trainer = make_trainer(data, dataclasses.replace(RUN, reconstruction_images=10_000, lr_reconstruction=1e-3))
+    trainer = make_trainer(data, dataclasses.replace(RUN, reconstruction_images=10_000, lr_reconstruction=3e-3))
     batch = trainer.scenes.batch(0, 4, 0)
     conditions, code = trainer._conditions(batch), trainer._found_code(batch)
     trainer._chance_losses(batch, conditions, code)["mapping"].backward()
     moved = {name for name, p in trainer.generator.named_parameters() if p.grad is not None}
     assert moved == {f"mapping.{name}" for name, _ in trainer.generator.mapping.named_parameters()}
     assert all(p.grad is None for p in trainer.noise_encoder.parameters())
-    losses = [trainer.train_step()["mapping"] for _ in range(300)]
+    losses = [trainer.train_step()["mapping"] for _ in range(80)]
     assert sum(losses[-10:]) < sum(losses[:10]) - 10, "nats, by one each"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from condgan import DiffDiscriminator, GeneratorConfig, IterativeGenerator, NoiseEncoder, SceneClassifier
+from condgan import (
+    DiffDiscriminator,
+    GeneratorConfig,
+    IterativeGenerator,
+    NoiseEncoder,
+    SceneClassifier,
+    calibration,
+    flow,
+)
 from condgan.batches import TrainingScenes
 from condgan.datasets import SceneDataset
 from condgan.presets import PRESETS, TrainConfig
@@ -41,6 +50,14 @@ RUN = TrainConfig(
     reconstruction_weight=1.0,
     bf16=False,
 )
+
+
+def shorten_fits(assign: Callable[[object, str, object], None] = setattr) -> None:
+    """What a run fits before its first step and after its last would take longer than the runs of tests."""
+    assign(flow, "EPOCHS", 12)
+    assign(calibration, "PLACE_EPOCHS", 1)
+    assign(calibration, "MAPPING_EPOCHS", 2)
+    assign(calibration, "RECALIBRATION_BATCHES", 1)
 
 
 def lively_generator(config: GeneratorConfig, seed: int = 0) -> IterativeGenerator:
