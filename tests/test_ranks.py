@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from rank_program import CONFIGS, LONG, normed_parts, start_ranks, trained
 from safetensors import safe_open
 from tiny import RUN
@@ -28,9 +29,13 @@ from condgan.runs import train
 
 @pytest.fixture(scope="module")
 def two_ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks found."""
-    out = tmp_path_factory.mktemp("ranks")
-    assert ended(start_ranks(2, "compare", data, out))[0] == [0, 0]
+    """What each of two ranks found; found once, over however many processes the tests are spread."""
+    temporary = tmp_path_factory.getbasetemp()
+    out = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "ranks"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            out.mkdir()
+            assert ended(start_ranks(2, "compare", data, out))[0] == [0, 0]
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 
