@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     from condgan.classifier import SceneClassifier, SceneClassifierConfig
     from condgan.configs import DiscriminatorConfig, GeneratorConfig, NoiseEncoderConfig
     from condgan.counter import ObjectCounter, ObjectCounterConfig
-    from condgan.hub import CheckpointError, list_pretrained
+    from condgan.hub import list_pretrained
     from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
+    from condgan.remote import CheckpointError
     from condgan.results import Drawing, Turn
     from condgan.vocab import Vocabulary
 else:
-    _MODULES = ("vocab", "hub", "configs", "classifier", "counter", "results", "models")
+    _MODULES = ("vocab", "remote", "hub", "configs", "classifier", "counter", "results", "models")
 
     def __getattr__(name: str) -> object:
         """A public name or a module, imported when it is asked for: PyTorch, which they need, takes seconds."""

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from condgan.fields import added_later, check_fields
 from condgan.functional import evaluating
-from condgan.hub import CheckpointError, PretrainedModel, added_later, check_fields
+from condgan.hub import PretrainedModel
 from condgan.images import check_colours, check_range, resize
+from condgan.remote import CheckpointError
 from condgan.requests import parse_whole
 from condgan.vocab import ICLEVR_OBJECTS
 

@@ -252,18 +252,19 @@ def _save(drawing: Drawing, args: argparse.Namespace) -> Report:
 
 
 def _info(args: argparse.Namespace) -> Report:
-    from condgan import hub
+    from condgan.hub import CARD_NAME, find_checkpoint
+    from condgan.remote import CONFIG_NAME, WEIGHTS_NAME
 
     classes = _model_classes()
     generator = classes["IterativeGenerator"]
     name = str(generator.default_pretrained if args.model is None else args.model)
-    folder = hub.find_checkpoint(name)
-    model = classes.get(_model_type(folder / hub.CONFIG_NAME), generator).from_pretrained(folder)
+    folder = find_checkpoint(name)
+    model = classes.get(_model_type(folder / CONFIG_NAME), generator).from_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    file_bytes = (folder / hub.WEIGHTS_NAME).stat().st_size
+    file_bytes = (folder / WEIGHTS_NAME).stat().st_size
     config = dataclasses.asdict(model.config)
     objects = config.pop("objects", ())  # a counter and a noise encoder know no names
-    card_file = folder / hub.CARD_NAME
+    card_file = folder / CARD_NAME
     card = ""
     with contextlib.suppress(OSError):  # there is none, or it may not be read
         read = card_file.read_text(encoding="utf-8", errors="replace")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from condgan.hub import added_later, check_fields
+from condgan.fields import added_later, check_fields
 from condgan.vocab import ICLEVR_OBJECTS
 
 IMAGE_SIZES = (32, 64, 128)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condgan.fields import added_later, check_fields
 from condgan.functional import evaluating
-from condgan.hub import PretrainedModel, added_later, check_fields
+from condgan.hub import PretrainedModel
 from condgan.images import check_colours, check_range, resize
 from condgan.requests import parse_whole
 

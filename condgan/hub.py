@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import re
 import reprlib
 import tempfile
 import threading
-import types
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import safetensors.torch
 import torch
@@ -29,15 +27,16 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from condgan import __version__
+from condgan.fields import config_from_json, some
 from condgan.files import settle
+from condgan.remote import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, download, hub_errors
 from condgan.vocab import did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 FORMAT_VERSION = 1
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 
 SHIPPED = Path(__file__).with_name("pretrained")
@@ -45,27 +44,11 @@ SHIPPED = Path(__file__).with_name("pretrained")
 PUBLISHED: tuple[tuple[str, str], ...] = ()
 """The checkpoints of ours on the hub: (hub id, model type)."""
 
-ADDED_LATER = "added later"
-"""Key in the metadata of a config's field that checkpoints of earlier versions do not have."""
-
 SPARE = 8
 """Numbers that a model may make while it is built for each one that is stored: some are registered more than once."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_NOT_HERE = (
-    "it is not in the cache, nor is there a folder of that name here, and the hub does not answer or offline mode "
-    "is on (local_files_only or HF_HUB_OFFLINE): check the connection and these, or the path."
-)
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-def added_later(default: Any) -> Any:
-    """A field of a config that earlier versions did not have; in their checkpoints it is ``default``."""
-    return dataclasses.field(default=default, metadata={ADDED_LATER: True})
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be found, read or written; the message says which file, what is wrong and what to do."""
 
 
 class PretrainedModel(nn.Module):
@@ -239,8 +222,8 @@ class PretrainedModel(nn.Module):
 
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(temporary, dtype=dtype)
-            api = HfApi(token=token, library_name="condgan", library_version=_version())
-            with _hub_errors("upload to", repo_id, revision):
+            api = HfApi(token=token, library_name="condgan", library_version=__version__)
+            with hub_errors("upload to", repo_id, revision):
                 if revision is not None:  # no repository is made for a branch that is not there
                     full_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
                     api.repo_info(full_id, revision=revision)
@@ -276,7 +259,7 @@ tags:
 # {name}
 
 {((type(self).__doc__ or "").strip() or "A model of condgan.").splitlines()[0]}
-{sum(parameter.numel() for parameter in self.parameters()):,} parameters, saved by condgan {_version()}.
+{sum(parameter.numel() for parameter in self.parameters()):,} parameters, saved by condgan {__version__}.
 
 ## Use
 
@@ -295,7 +278,7 @@ model = {name}.from_pretrained("{repo_id}")  # this repository, or the folder wi
 
     def _config_json(self) -> bytes:
         """Content of ``config.json``, checked to be readable again."""
-        header = {"format_version": FORMAT_VERSION, "model_type": type(self).__name__, "condgan_version": _version()}
+        header = {"format_version": FORMAT_VERSION, "model_type": type(self).__name__, "condgan_version": __version__}
         text = f"{json.dumps(header | dataclasses.asdict(self.config), indent=2)}\n".encode()
         _parse_config(text, "self.config", [type(self).__name__], self.config_class)
         return text
@@ -319,12 +302,6 @@ def list_pretrained(model_type: str | None = "IterativeGenerator") -> list[str]:
     return [name for name, kind in (*shipped, *PUBLISHED) if model_type in (None, kind)]
 
 
-def _version() -> str:
-    from condgan import __version__  # here and not at the top: the package imports this file
-
-    return __version__
-
-
 def find_checkpoint(
     name: str | Path,
     revision: str | None = None,
@@ -343,7 +320,7 @@ def find_checkpoint(
     except (OSError, RuntimeError) as error:  # a name that is too long, or of a user who is not there
         raise CheckpointError(f"{str(name)[:80]!r} cannot be looked for ({error}): check the name.") from None
     if folder is None:
-        return _download(str(name), revision, cache_dir, token, local_files_only)
+        return download(str(name), revision, cache_dir, token, local_files_only)
     if revision is not None:
         raise ValueError(f"revision={revision!r} is for hub ids only, and {str(name)!r} is a folder: leave it out.")
     return folder
@@ -368,95 +345,6 @@ def _local_folder(name: str | Path) -> Path | None:
         f"unknown checkpoint {text!r}: {did_you_mean(text, list_pretrained(None))} Give a name of "
         "condgan.list_pretrained(None), an existing folder, or a hub id 'org/repo'."
     )
-
-
-def _download(
-    repo_id: str,
-    revision: str | None,
-    cache_dir: str | Path | None,
-    token: str | bool | None,
-    local_files_only: bool,
-) -> Path:
-    """The folder of the cache that holds both files of a hub repository, downloaded if need be."""
-    from huggingface_hub import hf_hub_download
-
-    folder = Path()
-    for filename in (CONFIG_NAME, WEIGHTS_NAME):
-        if not local_files_only:
-            _check_answer(repo_id, filename, revision, cache_dir, token)
-        with _quiet_hub(), _hub_errors(f"download {filename} from", repo_id, revision):
-            path = hf_hub_download(
-                repo_id,
-                filename,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-                library_name="condgan",
-                library_version=_version(),
-            )
-        folder = Path(path).parent
-        revision = folder.name  # the commit: somebody may push between the two files
-    return folder
-
-
-def _check_answer(
-    repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None
-) -> None:
-    """Ask the hub for a file that is not in the cache, once: a download asks for minutes where nobody answers."""
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-
-    with _hub_errors(f"download {filename} from", repo_id, revision, otherwise=_NOT_HERE):
-        if try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision) is None:
-            with suppress(errors.HfHubHTTPError, errors.OfflineModeIsEnabled):  # the download tells them
-                get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision), token=token)
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Let ``huggingface_hub`` log errors only: what it warns of, such as that it tries again, our own error says."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _hub_errors(
-    action: str,
-    repo_id: str,
-    revision: str | None,
-    otherwise: str = "check the connection and the free disk space, then try again.",
-) -> Iterator[None]:
-    """Turn whatever ``huggingface_hub`` raises into a :class:`CheckpointError` that says what to do.
-
-    ``otherwise`` is said of what is neither an answer of the hub nor one of its own errors.
-    """
-    from huggingface_hub import errors
-
-    login = "pass token= or run `hf auth login`"
-    absent = f"there is no such repository on the hub, nor a folder of that name here: check it; if private, {login}."
-    advice: tuple[tuple[type[Exception], str], ...] = (  # the first that fits: subclasses come before their bases
-        (errors.GatedRepoError, f"it is gated: ask for access on its page, then {login}."),
-        (errors.RepositoryNotFoundError, absent),
-        (errors.RevisionNotFoundError, f"it has no revision {revision!r}: check the branch, tag or commit."),
-        (errors.LocalEntryNotFoundError, _NOT_HERE),
-        (errors.EntryNotFoundError, f"it has no such file. A checkpoint is {CONFIG_NAME} with {WEIGHTS_NAME}."),
-        (errors.OfflineModeIsEnabled, "offline mode is on: unset HF_HUB_OFFLINE."),
-        (errors.HFValidationError, "a hub id looks like 'org/repo'."),
-        (errors.LocalTokenNotFoundError, f"no token is stored: {login}."),
-        (errors.HfHubHTTPError, f"the hub refused. If it is about permission, {login}."),
-        (Exception, otherwise),
-    )
-    try:
-        yield
-    except Exception as error:  # also what its HTTP client raises, which is another one in each major version
-        text = next(text for kind, text in advice if isinstance(error, kind))
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(f"cannot {action} {repo_id!r}: {text} ({reason})") from error
 
 
 def _parse_config(text: bytes, source: str, model_types: Sequence[str], config_class: type[Any]) -> Any:
@@ -486,64 +374,10 @@ def _parse_config(text: bytes, source: str, model_types: Sequence[str], config_c
         raise CheckpointError(
             f"{source} holds the model type {found}, wanted is {model_types[0]}: load it with {found}.from_pretrained."
         )
-    hints = get_type_hints(config_class)
-    later = {f.name: f.default for f in dataclasses.fields(config_class) if f.metadata.get(ADDED_LATER)}
-    values = later | values
-    for problem, keys in (("unknown", values.keys() - hints.keys()), ("missing", hints.keys() - values.keys())):
-        if keys:
-            raise CheckpointError(
-                f"{source}: {problem} {_some(keys)}. Make it fit {config_class.__name__}, or use the version "
-                f"of condgan that wrote it: {maker}."
-            )
-    for key, hint in hints.items():
-        try:
-            values[key] = _from_json(values[key], hint)
-        except TypeError:
-            raise CheckpointError(
-                f'{source}: "{key}" must be {_said(hint)}, got {reprlib.repr(values[key])}.'
-            ) from None
     try:
-        return config_class(**values)
+        return config_from_json(values, config_class)
     except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-
-
-def check_fields(config: Any) -> None:
-    """Raise a ValueError unless every field of a frozen config is of its annotated type; a list becomes a tuple."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        try:
-            fitting = _from_json([*value] if isinstance(value, tuple) else value, hint)
-        except TypeError:
-            raise ValueError(f"{name} must be {_said(hint)}, got {reprlib.repr(value)}") from None
-        object.__setattr__(config, name, fitting)
-
-
-def _said(hint: Any) -> str:
-    """A type as a reader knows it."""
-    return hint.__name__ if hint in (int, float, str, bool) else str(hint).replace("typing.", "")
-
-
-def _from_json(value: Any, hint: Any) -> Any:
-    """The value as the annotation wants it, lists as tuples; raises TypeError if it is of another type."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal and any(type(value) is type(choice) and value == choice for choice in args):
-        return value
-    if origin in (Union, types.UnionType):
-        for option in args:
-            try:
-                return _from_json(value, option)
-            except TypeError:
-                continue
-    if origin is tuple and isinstance(value, list):
-        items = args[:1] * len(value) if args[-1] is Ellipsis else args
-        if len(items) == len(value):
-            return tuple(map(_from_json, value, items))
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint in (int, float, str, bool, type(None)) and type(value) is hint:
-        return value
-    raise TypeError
+        raise CheckpointError(f"{source}: {str(error).rstrip('.')}; it was written by condgan {maker}.") from error
 
 
 def _stored_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -608,7 +442,7 @@ def _load_weights(model: nn.Module, stored: dict[str, Tensor], path: Path) -> No
         ("unexpected", unexpected),
         ("of another shape or kind", misfits.values()),
     )
-    report = "; ".join(f"{problem}: {_some(names)}" for problem, names in problems if names)
+    report = "; ".join(f"{problem}: {some(names)}" for problem, names in problems if names)
     if report:
         raise CheckpointError(f"the tensors of {path} do not fit its {CONFIG_NAME}: {report}. Save the model again.")
 
@@ -622,7 +456,7 @@ def _existing(folder: Path, filename: str) -> Path:
         return path
     pickled = sorted(other.name for other in folder.iterdir() if other.suffix in _PICKLED)
     hint = (
-        f" {_some(pickled)} is not opened, as pickled weights can run code: load it with torch.load(..., "
+        f" {some(pickled)} is not opened, as pickled weights can run code: load it with torch.load(..., "
         "weights_only=True) and load_state_dict yourself, then call save_pretrained."
         if pickled
         else ""
@@ -633,9 +467,3 @@ def _existing(folder: Path, filename: str) -> Path:
 def _kind(tensor: Tensor) -> str:
     """What has to agree for a tensor to be loaded; floating types convert into each other."""
     return f"{'float' if tensor.is_floating_point() else str(tensor.dtype)}{tuple(tensor.shape)}"
-
-
-def _some(names: Any) -> str:
-    """The first few of some names, in order."""
-    listed = sorted(names)
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from condgan import hub as hub_module
-from condgan.hub import CheckpointError, PretrainedModel, added_later, list_pretrained
+from condgan.fields import added_later
+from condgan.hub import PretrainedModel, list_pretrained
+from condgan.remote import CheckpointError
 
 FILES = {"README.md", "config.json", "model.safetensors"}
 

@@ -26,7 +26,7 @@ PACKAGE = ROOT / "condgan"
 
 # Imports go one way: a module uses only modules of the groups above its own.
 GROUPS = (
-    ("vocab", "derived", "files", "losses", "images", "ranks", "precision", "allocator", "devices"),
+    ("vocab", "derived", "fields", "files", "losses", "images", "ranks", "precision", "allocator", "devices", "remote"),
     ("hub",),
     ("layers", "flow", "light", "configs", "correction"),
     ("functional", "requests"),
