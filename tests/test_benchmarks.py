@@ -139,6 +139,21 @@ def test_the_operations_of_a_matrix_product_are_counted() -> None:
     assert measure.operations(case) == multiplied
 
 
+@torch.no_grad()
+def test_counting_operations_changes_none(generator: IterativeGenerator) -> None:
+    """Hooks would: with them a layer takes the plain way."""
+    config = generator.config
+    z, condition = torch.randn(8, config.z_dim), torch.randn(8, config.condition_dim)
+    place = torch.full((8, 2), 30.0) if config.places else None
+    turn = partial(generator, z, condition, torch.zeros(8, 3, 64, 64), place)
+    fast = measure.operations(turn)
+    hooks = [module.register_forward_hook(lambda *_: None) for module in generator.modules()]
+    plainly = measure.operations(turn)
+    for hook in hooks:
+        hook.remove()
+    assert 0 < fast < 0.9 * plainly
+
+
 def test_what_is_dispatched_in_one_run_is_counted() -> None:
     x = torch.ones(3)
     assert measure.dispatched(lambda: (x + 1).mul_(2)) == 2
