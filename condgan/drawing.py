@@ -263,9 +263,7 @@ def scene_noise(generator: SceneModel, seeds: object, turns: int) -> SceneNoise:
     listed = list(seeds) if isinstance(seeds, Iterable) else [seeds]
     if not listed:
         raise ValueError("seeds is empty: give at least one")
-    if None in listed:
-        raise TypeError("seeds must be whole numbers, got None")
-    rngs = [random_source(parse_seed(seed)) for seed in listed]
+    rngs = [random_source(parse_whole("seeds", seed, 0)) for seed in listed]
     turns = parse_whole("turns", turns, 1)
     light, grain = _canvas_noise(generator, rngs)
     uniform, z = zip(*(_turn_noise(generator, rngs) for _ in range(turns)), strict=True)

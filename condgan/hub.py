@@ -172,14 +172,13 @@ class PretrainedModel(nn.Module):
         except RuntimeError as error:  # of a user who is not there
             raise CheckpointError(f"cannot save to {folder}: {error} Give a folder that you may write to.") from None
         contents = {
-            CARD_NAME: self.model_card().encode(),
             CONFIG_NAME: self._config_json(),
             WEIGHTS_NAME: safetensors.torch.save(_stored_tensors(self, dtype), {"format": "pt"}),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if (folder / CARD_NAME).exists():
-                del contents[CARD_NAME]
+            if not (folder / CARD_NAME).exists():
+                contents[CARD_NAME] = self.model_card().encode()
             with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:  # on the disk of the folder
                 for filename, content in contents.items():
                     (Path(temporary) / filename).write_bytes(content)
