@@ -205,7 +205,7 @@ def _train(commands: Any) -> None:
         model/, which every command takes as a model, discriminator/ and, for presets with
         a noise encoder (compact), noise-encoder/. After an interruption the same command
         goes on. The presets:
-          compact         small, knows places; two hours or more on one CPU core
+          compact         small, knows places; four hours or more on one CPU core
           reference       the networks and the numbers of the reference system
           reference-code  likewise, with the losses of its public code
         """,

@@ -87,7 +87,8 @@ def evaluate(
         conditions: lists of names, or the JSON file that holds them.
         draws: pictures a list. An interval does not shrink below what the number of lists allows.
         judge: classifier that looks for the objects, or the name or folder of one. It must have had no part in
-            training the generator or in choosing it; the bundled one had none.
+            training the generator or in choosing it; the bundled one had none since the weights J
+            (docs/results.md says what it had before).
         counter: counts objects, or the name or folder of one; the same holds for it.
         data: packed file of ``condgan prepare`` with real scenes, or the folder with it: its test split is held
             against the drawn pictures, its validation split, if any, gives the floors. None leaves out what needs
