@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from condgan.building import Building
 from condgan.fields import added_later, check_fields
 from condgan.functional import evaluating
 from condgan.hub import PretrainedModel
@@ -158,7 +159,7 @@ class SceneClassifier(PretrainedModel):
                 f"({type(error).__name__}). It was not run; get the file again."
             ) from error
         state = content.get("model", content) if isinstance(content, dict) else content
-        with torch.random.fork_rng(devices=[]):
+        with Building():
             model = cls(SceneClassifierConfig())
         try:
             model.load_state_dict({name.replace("fc.0.", "fc."): value for name, value in state.items()})

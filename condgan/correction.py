@@ -157,7 +157,7 @@ class FirstTurnCorrection(nn.Module):
 
         The light; and the place and the code beside the usual ones of an object, in standard deviations.
         """
-        read = [self.places.new_zeros(len(objects), 0)]
+        read = [self.places.new_zeros(objects.shape[0], 0)]
         if light is not None:
             read.append(light)
         if place is not None:

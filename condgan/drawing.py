@@ -15,6 +15,7 @@ from condgan.canvas import Canvas
 from condgan.derived import steady_weights
 from condgan.functional import ConditionEncoder, channels_last, encode_objects, evaluating, roll_conditions
 from condgan.images import round_levels, round_turn
+from condgan.precision import full_precision
 from condgan.requests import (
     MAX_PICTURES,
     MAX_SEED,
@@ -97,9 +98,9 @@ def draw_turns(
     """Draw one picture for each list of objects and seed.
 
     A picture depends on its own list, seed, places and start only: every random number comes from a generator seeded
-    with the picture's seed. On the CPU pictures pass the network one at a time unless ``batch_size`` says otherwise,
-    since the last bits of a batched convolution depend on the size of the batch. The generator draws in eval mode,
-    whatever mode it is in.
+    with the picture's seed, and autocast is off. On the CPU pictures pass the network one at a time unless
+    ``batch_size`` says otherwise, since the last bits of a batched convolution depend on the size of the batch. The
+    generator draws in eval mode, whatever mode it is in.
 
     Args:
         generator: the model.
@@ -125,7 +126,8 @@ def draw_turns(
     turns = max(len(scene) for scene in objects)
     size = min(pictures_at_once(generator, batch_size), len(objects))
     images, where = [], []
-    with evaluating(generator), steady_weights():
+    device = next(generator.parameters()).device
+    with evaluating(generator), steady_weights(), full_precision(device):
         for low in range(0, len(objects), size):
             part = slice(low, low + size)
             steps = iterate_turns(
@@ -300,7 +302,7 @@ def draw(
     best_of, batch_size = parse_best_of(best_of, redraw), parse_batch_size(batch_size)
     first = parse_seed(seed)
     scenes, places = parse_request(generator, conditions, at)
-    scenes = [scene for scene in scenes for _ in range(num_images)]
+    scenes = [[*scene] for scene in scenes for _ in range(num_images)]
     if places is not None:
         places = [scene for scene in places for _ in range(num_images)]
     seeds = [(first + n) % (MAX_SEED + 1) for n in range(len(scenes))]
@@ -500,9 +502,10 @@ def _stream_turns(
     """The turns of one scene; between them the generator is in its own mode and gradients are as they were."""
     objects = encode_objects(scene, generator.vocabulary)[None]
     steps = iterate_turns(generator, objects, [random_source(seed)], [asked or []], None)
+    device = next(generator.parameters()).device
 
     def draw_next() -> DrawnTurn:
-        with torch.no_grad(), evaluating(generator):
+        with torch.no_grad(), evaluating(generator), full_precision(device):
             image, place = next(steps)
         _check_drawn(image)
         return image.cpu().clone(), None if place is None else place.cpu()  # the next turn is drawn on the other
@@ -514,4 +517,4 @@ def _stream_turns(
         where = None
         if place is not None:
             (where,) = _known_places([None if asked is None else asked[turn]], place.tolist())
-        yield Turn(image[0], previous[0], name, where, seed)
+        yield Turn(image[0].clone(), previous[0], name, where, seed)

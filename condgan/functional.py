@@ -141,7 +141,7 @@ def rollout(
 
     Returns:
         (N, T, 3, H, W) in [-1, 1]: the picture after every turn. A turn whose condition is all zeros (padding)
-        leaves the picture as it was.
+        leaves the picture as it was, and has no part in the statistics of batch norms in training mode.
 
     Raises:
         TypeError: an argument is no tensor.
@@ -153,13 +153,14 @@ def rollout(
     _check_tensors(places=places, rest=rest)
     if conditions.ndim != 3 or conditions.shape[1] == 0:
         raise ValueError(f"conditions must be (N, T, D) with T of at least 1, got {tuple(conditions.shape)}")
-    _check_finite(conditions=conditions, z=z, start=start)
+    _check_finite(conditions=conditions, z=z, start=start, rest=rest)
     encoder: Any = getattr(generator, "encoder", None)
     may_be_objects = conditions.shape[2] == getattr(encoder, "num_objects", None)  # outputs may be as long
     if may_be_objects and ((conditions == 0) | (conditions == 1)).all():
         conditions, _ = roll_conditions(encoder, conditions)
     n, turns, _ = conditions.shape
-    z = z.to(conditions.dtype)
+    if conditions.is_floating_point():  # a generator without an encoder may take one-hot integers
+        z = z.to(conditions.dtype)
     if z.ndim == 2:
         z = z[:, None].expand(-1, turns, -1)
     if z.ndim != 3 or z.shape[:2] != (n, turns):
@@ -179,12 +180,21 @@ def rollout(
         places = places.masked_fill(~present[:, :, None], 0)
         _check_finite(places=places)
     image = start.expand(n, -1, -1, -1)
+    # Batch norm would mix padding into the statistics of the other scenes. To know where it is a GPU is waited for.
+    leave_out = getattr(generator, "training", False) and is_eager() and not bool(present.all())
     images = []
     for turn in range(turns):
         noise, condition = z[:, turn], conditions[:, turn]
         place = _likely_place(generator, noise, condition, image) if places is None else places[:, turn]
-        drawn = generator(noise, condition, image, *(() if place is None else (place,)))
-        drawn = torch.where(present[:, turn, None, None, None], drawn, image)
+        inputs = (noise, condition, image, *(() if place is None else (place,)))
+        there = present[:, turn]
+        if leave_out and not there.all():
+            rows = there.nonzero()[:, 0]
+            drawn = image
+            if len(rows):
+                drawn = image.index_put((rows,), generator(*(x[rows] for x in inputs)).to(image.dtype))
+        else:
+            drawn = torch.where(there[:, None, None, None], generator(*inputs), image)
         if rest is None:
             image = drawn
         else:
@@ -354,14 +364,14 @@ def paste(images: Tensor, patches: Tensor, corners: Tensor) -> Tensor:
         (N, C, H, W): new pictures; gradients flow to ``images`` outside the squares and to ``patches``.
 
     Raises:
-        ValueError: ``corners`` is not (N, 2).
+        ValueError: ``corners`` is not (N, 2), or, on a CPU, a square is not inside its picture.
     """
-    _check_pairs("corners", corners, len(images))
+    _check_pairs("corners", corners, images.shape[0])
     if _is_one_at_hand(images):
         pasted = images.clone()
         _square(pasted, corners, patches.shape[-1]).copy_(patches)
         return pasted
-    index = _pixels_of_squares(corners, patches.shape[-1])
+    index = _pixels_of_squares(images, corners, patches.shape[-1])
     return images.permute(0, 2, 3, 1).index_put(index, patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -374,12 +384,12 @@ def crop(images: Tensor, corners: Tensor, crop_size: int) -> Tensor:
         crop_size: side of the squares in pixels.
 
     Raises:
-        ValueError: ``corners`` is not (N, 2).
+        ValueError: ``corners`` is not (N, 2), or, on a CPU, a square is not inside its picture.
     """
-    _check_pairs("corners", corners, len(images))
+    _check_pairs("corners", corners, images.shape[0])
     if _is_one_at_hand(images):
         return _square(images, corners, crop_size).clone(memory_format=torch.channels_last)  # as those of a batch
-    return images.permute(0, 2, 3, 1)[_pixels_of_squares(corners, crop_size)].permute(0, 3, 1, 2)
+    return images.permute(0, 2, 3, 1)[_pixels_of_squares(images, corners, crop_size)].permute(0, 3, 1, 2)
 
 
 def channels_last(maps: Tensor) -> Tensor:
@@ -394,20 +404,34 @@ def channels_last(maps: Tensor) -> Tensor:
 
 def _is_one_at_hand(images: Tensor) -> bool:
     """Whether this is a single picture, whose square can be told by whole numbers: a third of the operations."""
-    return len(images) == 1 and images.device.type == "cpu" and is_eager()
+    return images.shape[0] == 1 and images.device.type == "cpu" and is_eager()
 
 
 def _square(image: Tensor, corners: Tensor, size: int) -> Tensor:
     """The square at corners (1, 2) of a single picture (1, C, H, W), not copied."""
     x, y = corners[0].tolist()
+    if not (0 <= x <= image.shape[3] - size and 0 <= y <= image.shape[2] - size):
+        raise _outside(image, corners, size)
     return image.narrow(2, y, size).narrow(3, x, size)
 
 
-def _pixels_of_squares(corners: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _pixels_of_squares(images: Tensor, corners: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of one square a picture into (N, H, W, C): picture (N, 1, 1), row (N, S, 1) and column (N, 1, S)."""
+    if corners.device.type == "cpu" and is_eager():  # a GPU would be waited for
+        last = corners.new_tensor((images.shape[3] - size, images.shape[2] - size))
+        if ((corners < 0) | (corners > last)).any():
+            raise _outside(images, corners, size)
     columns, rows = (corners[:, :, None] + torch.arange(size, device=corners.device)).unbind(1)  # (N, S) each
-    number = torch.arange(len(corners), device=corners.device)[:, None, None]
+    number = torch.arange(corners.shape[0], device=corners.device)[:, None, None]
     return number, rows[:, :, None], columns[:, None, :]
+
+
+def _outside(images: Tensor, corners: Tensor, size: int) -> ValueError:
+    height, width = images.shape[2:]
+    return ValueError(
+        f"corners: squares of {size}x{size} must lie inside pictures of {width}x{height}, got corners from "
+        f"{corners.amin(0).tolist()} to {corners.amax(0).tolist()}; crop_corners moves them inside"
+    )
 
 
 def local_mean(images: Tensor, size: int) -> Tensor:
@@ -422,7 +446,7 @@ def symmetric_root(covariances: Tensor) -> Tensor:
 
 
 def _check_pairs(name: str, pairs: Tensor, n: int | None = None) -> None:
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or n not in (None, len(pairs)):
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or (n is not None and n != pairs.shape[0]):
         raise ValueError(f"{name} must be ({'N' if n is None else n}, 2), got {tuple(pairs.shape)}")
 
 

@@ -12,9 +12,7 @@ import os
 import re
 import reprlib
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,12 +20,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_parameter_registration_hook,
-)
 
 from condgan import __version__
+from condgan.building import Building
 from condgan.fields import config_from_json, some
 from condgan.files import settle
 from condgan.remote import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, download, hub_errors
@@ -43,9 +38,6 @@ SHIPPED = Path(__file__).with_name("pretrained")
 """The checkpoints inside the package, one folder a name."""
 PUBLISHED: tuple[tuple[str, str], ...] = ()
 """The checkpoints of ours on the hub: (hub id, model type)."""
-
-SPARE = 8
-"""Numbers that a model may make while it is built for each one that is stored: some are registered more than once."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -128,7 +120,7 @@ class PretrainedModel(nn.Module):
         weights = _existing(folder, WEIGHTS_NAME)
         stored = _read_weights(weights)
         try:
-            with torch.random.fork_rng(devices=[]), _no_larger_than(stored):
+            with Building(sum(tensor.numel() for tensor in stored.values())):
                 model = cls(config).float()
         except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # such as a width of 10**20
             raise CheckpointError(f"{path} does not describe a model: {error}") from error
@@ -392,29 +384,6 @@ def _stored_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Te
             raise CheckpointError(f"{name} has values that {dtype} cannot hold: use torch.bfloat16 or leave dtype out.")
         tensors[name] = stored
     return tensors
-
-
-@contextmanager
-def _no_larger_than(stored: dict[str, Tensor]) -> Iterator[None]:
-    """Stop a model while it is built, with a ValueError, if these tensors could never be its own.
-
-    A config can ask for more memory than there is; then the system would end the process.
-    """
-    builder, left = threading.get_ident(), SPARE * sum(tensor.numel() for tensor in stored.values())
-
-    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal left
-        if tensor is not None and threading.get_ident() == builder:  # other threads may build others
-            left -= tensor.numel()
-            if left < 0:
-                raise ValueError(f"it would be many times as large as {WEIGHTS_NAME}")
-
-    hooks = (register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -245,7 +245,7 @@ def _from_array(image: NDArray[Any]) -> Tensor:
             raise ValueError(f"image: a picture must be (3, H, W) and not empty, got {(3, *image.shape[:2])}")
         return _pixels(Image.fromarray(image[:, :, 0] if image.ndim == 3 and shape[2] == 1 else image))
     if len(shape) == 3 and shape[0] == 3 and image.ndim in (3, 4) and image.dtype.kind in "fu":
-        return torch.from_numpy(np.ascontiguousarray(image))
+        return torch.from_numpy(np.array(image, image.dtype.newbyteorder("="), order="C"))  # a copy, to be written to
     raise ValueError(
         "image: an array must be uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or (3, H, W), uint8 or floating "
         f"point in [-1, 1], got {image.dtype} {image.shape}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -37,6 +40,20 @@ def normalised(layer: LayerT, spectral: bool) -> LayerT:
     if spectral:
         spectral_norm(layer)
     return layer
+
+
+_making_weights = threading.RLock()
+
+
+@contextmanager
+def weights_made_once() -> Iterator[None]:
+    """Inside the block a spectrally normalised weight is made once, by one step of the power iteration.
+
+    PyTorch keeps one cache of them for all threads. So one thread at a time is in such a block: others would be handed
+    weights without a gradient, or of a graph that is gone.
+    """
+    with nullcontext() if torch.compiler.is_compiling() else _making_weights, parametrize.cached():
+        yield
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -113,7 +130,7 @@ class ConditionalBatchNorm2d(nn.Module):
             return torch.addcmul(shift, self.bn(x), 1 + scale)
         weight, bias = self._folded(self.fc.weight, self.fc.bias, mean, variance)
         affine = torch.addmm(bias, condition, weight).to(x.dtype)
-        scale, shift = affine.view(len(x), 2, self.num_features, 1, 1).unbind(1)
+        scale, shift = affine.view(x.shape[0], 2, self.num_features, 1, 1).unbind(1)
         return torch.addcmul(shift, x, scale)
 
     if TYPE_CHECKING:
@@ -232,9 +249,9 @@ def _convolved_changes(conv: nn.Conv2d, changes: Sequence[Tensor]) -> list[Tenso
     return [F.conv2d(change, weight, padding=conv.padding) for change in changes]
 
 
-def _pixels(x: Tensor) -> int:
-    """Of maps (N, C, H, W) all together."""
-    return x.shape[0] * x.shape[2] * x.shape[3]
+def _pixels(x: Tensor) -> float:
+    """Of maps (N, C, H, W) all together; infinite in a graph that is exported for any N, which are many."""
+    return math.inf if isinstance(x.shape[0], torch.SymInt) else x.shape[0] * x.shape[2] * x.shape[3]
 
 
 class GenBlock(nn.Module):
@@ -353,7 +370,7 @@ class DisBlock(nn.Module):
             output: as that of :meth:`forward`, and likewise for each change.
         """
         self._check(x)
-        with parametrize.cached():  # all see the weights of one step of spectral normalisation
+        with weights_made_once():
             shortcuts = _convolved_changes(self.c0, [F.avg_pool2d(change, 2) for change in changes])
             inside = [rectified_change(x, change) for change in changes] if self.preactivate else changes
             before = self.c1(F.leaky_relu(x, NEGATIVE_SLOPE) if self.preactivate else x)

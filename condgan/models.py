@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from condgan import drawing
 from condgan import images as pictures
@@ -23,7 +22,7 @@ from condgan.correction import ANSWERS, EDGE, FirstTurnCorrection
 from condgan.drawing import Redraw, SceneNoise
 from condgan.functional import channels_last, crop, paste
 from condgan.hub import PretrainedModel
-from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised
+from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised, weights_made_once
 from condgan.light import SceneLight
 from condgan.parts import (
     ConditionRNN,
@@ -180,7 +179,7 @@ class IterativeGenerator(PretrainedModel):
         if light is None:
             light = self.read_light(prev_image)
         else:
-            check_shape("light", light, len(prev_image), self.config.light_inputs)
+            check_shape("light", light, prev_image.shape[0], self.config.light_inputs)
         code = z if self.mapping is None else self.mapping(z, condition, place, light)
         return self._turn(code, condition, prev_image, place, light)
 
@@ -213,7 +212,7 @@ class IterativeGenerator(PretrainedModel):
         known = channels_last(torch.cat((*view.images, *view.maps, *view.details), 1).to(condition.dtype))
         arguments = [code, condition, view.images[0], known, *([] if light is None else [light])]
         size = self._turns_at_once(known)
-        if size >= len(known):
+        if size >= known.shape[0]:
             drawn = self._draw(*arguments)
         else:
             drawn = torch.cat([self._draw(*part) for part in zip(*(x.split(size) for x in arguments), strict=True)])
@@ -228,14 +227,15 @@ class IterativeGenerator(PretrainedModel):
         size = self.config.image_size
         if prev_image.shape[1:] != (3, size, size):
             raise ValueError(f"prev_image must be (N, 3, {size}, {size}), got {tuple(prev_image.shape)}")
-        check_shape("z", z, len(prev_image), self.config.z_dim)
-        check_shape("condition", condition, len(prev_image), self.config.condition_dim)
-        check_place(self.config.places, place, len(prev_image))
+        check_shape("z", z, prev_image.shape[0], self.config.z_dim)
+        check_shape("condition", condition, prev_image.shape[0], self.config.condition_dim)
+        check_place(self.config.places, place, prev_image.shape[0])
 
     def _turns_at_once(self, known: Tensor) -> int:
         """How many of N turns pass the blocks together, given the maps (N, C, h, w) that they start from."""
-        if self.training or torch.is_grad_enabled() or known.device.type != "cpu":
-            return len(known)
+        exported = isinstance(known.shape[0], torch.SymInt)  # in a graph for any N
+        if self.training or torch.is_grad_enabled() or known.device.type != "cpu" or exported:
+            return known.shape[0]
         largest = self.config.width * known.shape[2] * known.shape[3] * known.element_size()
         return max(LARGEST_MAP // largest, 1)
 
@@ -472,7 +472,7 @@ class DiffDiscriminator(PretrainedModel):
         The previous picture is read once, together with the first of the pictures. Each of the others passes alone: a
         gradient that is asked for of one picture then costs no pass through the others.
         """
-        n, size = len(prev_image), self.config.image_size
+        n, size = prev_image.shape[0], self.config.image_size
         if not images:
             raise ValueError("images is empty: give at least one picture to judge")
         for name, image in (("prev_image", prev_image), *(("image", image) for image in images)):
@@ -482,7 +482,7 @@ class DiffDiscriminator(PretrainedModel):
         view = look([prev_image, *images], place, self.config.window)
         maps = [map_.to(prev_image.dtype) for map_ in view.maps]
         inputs = [torch.cat((image, *maps, *view.details[i : i + 1]), 1) for i, image in enumerate(view.images)]
-        with parametrize.cached():  # one step of spectral normalisation's power iteration for all
+        with weights_made_once():
             weight = self.l6.weight
             carried = is_coarse(weight) and self._carries_changes
             differences = self._changes(inputs) if carried else self._differences(inputs)
@@ -579,7 +579,7 @@ class NoiseEncoder(PretrainedModel):
         self.norm = nn.BatchNorm1d(config.z_dim, affine=False)
 
     def forward(self, prev_image: Tensor, image: Tensor, place: Tensor | None = None) -> Tensor:
-        n, size = len(prev_image), self.config.image_size
+        n, size = prev_image.shape[0], self.config.image_size
         for name, picture in (("prev_image", prev_image), ("image", image)):
             check_shape(name, picture, n, 3, size, size)
         check_place(self.config.places, place, n)

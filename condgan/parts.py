@@ -127,7 +127,7 @@ class ConditionRNN(nn.Module):
         if objects.ndim != 2 or objects.shape[1] != self.num_objects:
             raise ValueError(f"objects must be (N, {self.num_objects}), got {tuple(objects.shape)}")
         if hidden is not None:
-            check_shape("hidden", hidden, len(objects), self.gru.hidden_size)
+            check_shape("hidden", hidden, objects.shape[0], self.gru.hidden_size)
         objects = objects.to(self.embedding.weight.dtype)
         known = objects if self.spelling is None else objects @ self.spelling
         hidden = self.gru(known @ self.embedding.weight, hidden)
@@ -188,7 +188,7 @@ class Points(NamedTuple):
     def draw(self, which: Tensor, uniform: Tensor) -> Tensor:
         """Points (N, 2) of N cells; random numbers ``which`` (N, 1) choose the peaks, ``uniform`` (N, 2) x and y."""
         chosen = (which >= self.share.exp().cumsum(1)[:, :-1]).sum(1)
-        row = torch.arange(len(chosen), device=chosen.device)
+        row = torch.arange(chosen.shape[0], device=chosen.device)
         peak, scale = self.peak[row, chosen], self.scale[row, chosen]
         # The inverse of the distribution function.
         steps = torch.lerp(*_edges(peak, scale), uniform.to(peak.dtype)).logit()
@@ -243,9 +243,9 @@ class PlaceModel(nn.Module):
 
     def forward(self, image: Tensor, condition: Tensor, uniform: Tensor, light: Tensor | None = None) -> Tensor:
         size = self.cell * len(self.prior)
-        check_shape("image", image, len(image), 3, size, size)
-        check_shape("condition", condition, len(image), self.condition.in_features)
-        check_shape("uniform", uniform, len(image), 3)
+        check_shape("image", image, image.shape[0], 3, size, size)
+        check_shape("condition", condition, image.shape[0], self.condition.in_features)
+        check_shape("uniform", uniform, image.shape[0], 3)
         x = self._read(image, condition, light)
         logits = self._logits(x)
         probability = _without_tail(logits.flatten(1).to(widest_float(logits.device))).softmax(1)
@@ -278,7 +278,7 @@ class PlaceModel(nn.Module):
 
     def loss(self, image: Tensor, condition: Tensor, place: Tensor, light: Tensor | None = None) -> Tensor:
         """Negative log-likelihood (N,) in nats of true places (N, 2), in pixels, against uniform ones in a cell."""
-        check_shape("place", place, len(image), 2)
+        check_shape("place", place, image.shape[0], 2)
         x = self._read(image, condition, light)
         logits = self._logits(x)
         corner = (place / self.cell).long().clamp(0, logits.shape[-1] - 1)  # (N, 2)
@@ -288,7 +288,7 @@ class PlaceModel(nn.Module):
 
     def _points(self, x: Tensor, cell: Tensor) -> Points:
         """In one cell of each picture, given features (N, channels, H / 2, W / 2) and numbers of cells (N,)."""
-        features = x.flatten(2)[torch.arange(len(cell), device=cell.device), :, cell]
+        features = x.flatten(2)[torch.arange(cell.shape[0], device=cell.device), :, cell]
         in_cell = F.linear(features, self.in_cell.weight.flatten(1), self.in_cell.bias)
         return Points.of(in_cell.to(torch.promote_types(in_cell.dtype, torch.float32)))
 

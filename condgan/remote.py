@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,16 +76,28 @@ def _check_answer(
                 get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision), token=token)
 
 
+_hushing = threading.Lock()
+_levels: list[int] = []
+"""Of ``huggingface_hub``'s logger, as those that are in :func:`_quiet_hub` found it, the first of them first."""
+
+
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Let ``huggingface_hub`` log errors only: what it warns of, such as that it tries again, our own error says."""
+    """Let ``huggingface_hub`` log errors only: what it warns of, such as that it tries again, our own error says.
+
+    Of several threads in such a block the last one to leave it puts the level back.
+    """
     logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    with _hushing:
+        _levels.append(logger.level)
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        with _hushing:
+            left = _levels.pop()
+            if not _levels:
+                logger.setLevel(left)
 
 
 @contextmanager

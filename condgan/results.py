@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import itertools
@@ -22,6 +23,7 @@ from torch import Tensor
 from condgan import images as pictures
 from condgan.classifier import SceneClassifier
 from condgan.files import replacing
+from condgan.precision import full_precision
 from condgan.requests import Place, parse_whole
 from condgan.vocab import Vocabulary
 
@@ -107,12 +109,13 @@ class Drawing:
 
     def metadata(self, index: int) -> dict[str, object]:
         """How to draw picture ``index`` again: conditions, seed and places, and the arguments of ``again``."""
-        return {
+        shared = {
             "conditions": self.conditions[index],
             "seed": self.seeds[index],
             "places": None if self.places is None else self.places[index],
             **({} if self.again is None else self.again[index]),
         }
+        return copy.deepcopy(shared)
 
     def save(self, path: str | os.PathLike[str], index: int | None = None) -> list[Path]:
         """Write the pictures; a PNG file carries conditions, seed and places as JSON in its text field ``condgan``.
@@ -248,7 +251,8 @@ def _seen_objects(images: Tensor) -> Tensor:
     As in drawing, pictures on a CPU pass one at a time: the last bits do not depend on those beside it.
     """
     parts = pictures.resize(images, VERIFIER_SIZE).split(1 if images.device.type == "cpu" else len(images))
-    return torch.cat([_verifier().probabilities(part) for part in parts]).double().cpu()
+    with full_precision(images.device):
+        return torch.cat([_verifier().probabilities(part) for part in parts]).double().cpu()
 
 
 def _verifier_objects(scenes: Sequence[Sequence[str]]) -> list[list[int]]:

@@ -117,14 +117,22 @@ def test_stream_equals_generate(generator: IterativeGenerator) -> None:
 
 
 def test_pictures_of_a_stream_are_its_users(generator: IterativeGenerator) -> None:
-    """To scale one in place changes no later turn."""
+    """To scale one in place changes no later turn, nor what that says of the one before."""
     scene = ["red cube", "blue sphere", "gray cube"]
-    expected = [turn.tensor for turn in generator.stream(scene, seed=3)]
+    expected = [(turn.previous, turn.tensor) for turn in generator.stream(scene, seed=3)]
     found = []
     for turn in generator.stream(scene, seed=3):
-        found.append(turn.tensor.clone())
+        found.append((turn.previous.clone(), turn.tensor.clone()))
         turn.tensor.add_(1).div_(2)
-    assert all(map(torch.equal, found, expected))
+    for pair, wanted in zip(found, expected, strict=True):
+        assert all(map(torch.equal, pair, wanted))
+
+
+def test_each_picture_has_lists_of_its_own(generator: IterativeGenerator) -> None:
+    result = generator.generate("red cube", num_images=2, seed=1)
+    result.conditions[0].append("blue sphere")
+    result.metadata(1)["conditions"].append("gray cube")  # type: ignore[attr-defined]
+    assert result.conditions == [["red cube", "blue sphere"], ["red cube"]]
 
 
 def test_random_states_of_others_are_left_alone(generator: IterativeGenerator) -> None:
@@ -164,13 +172,18 @@ def test_the_default_dtype_makes_no_difference(generator: IterativeGenerator, dt
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_generator_draws_as_before_after_drawing_with_autocast(generator: IterativeGenerator) -> None:
-    first = generator.generate(SCENES[2], seed=1).tensor
-    other = IterativeGenerator(generator.config).eval()
+def test_autocast_makes_no_difference(generator: IterativeGenerator) -> None:
+    first = generator.generate(SCENES[2], seed=1)
+    best = generator.generate(SCENES[2], seed=1, best_of=2)
+    other = IterativeGenerator(generator.config).eval()  # has drawn nothing yet
     other.load_state_dict(generator.state_dict())
     with torch.autocast("cpu", torch.bfloat16):
-        other.generate(SCENES[2], seed=1)
-    assert torch.equal(other.generate(SCENES[2], seed=1).tensor, first)
+        drawn = other.generate(SCENES[2], seed=1)
+        assert torch.equal(drawn.trajectory, first.trajectory)
+        assert [turn.place for turn in other.stream(SCENES[2], seed=1)][-1] == (first.places or [[None]])[0][-1]
+        assert drawn.verify() == first.verify()
+        assert other.generate(SCENES[2], seed=1, best_of=2).scores == best.scores
+    assert torch.equal(other.generate(SCENES[2], seed=1).tensor, first.tensor)
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -311,6 +312,36 @@ def test_padding_leaves_the_picture_and_the_other_scenes_as_they_were(place_gene
     torch.testing.assert_close(images[:, :3], shorter, atol=1e-12, rtol=0)
 
 
+def test_padding_has_no_part_in_training(generator: IterativeGenerator) -> None:
+    objects, z, start = inputs(5)
+
+    def trained(turns: int, noise: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        learner = copy.deepcopy(generator).train()
+        noise = noise[:, :turns].clone().requires_grad_()
+        images = rollout(learner, objects[:, :turns], noise, start)
+        (gradient,) = torch.autograd.grad(images[:, -1].square().sum(), noise)
+        return images[:, -1].detach(), learner.state_dict(), gradient
+
+    wanted, state, gradient = trained(3, z)
+    other = z.clone()
+    for n, scene in enumerate(SCENES):
+        other[n, len(scene) :] = 9
+    found, state_after, gradient_after = trained(5, other)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradient_after[:, :3], gradient, atol=1e-12, rtol=0)
+    assert not gradient_after[:, 3:].any()
+    assert all(map(torch.equal, state_after.values(), state.values()))
+
+
+def test_noise_stays_noise_beside_whole_numbers() -> None:
+    def shade(z: Tensor, condition: Tensor, image: Tensor) -> Tensor:
+        return image + z.mean(1)[:, None, None, None]
+
+    objects = torch.eye(24, dtype=torch.long)[None, :2]
+    images = rollout(shade, objects, torch.full((1, 2, 4), 0.25), torch.zeros(3, 8, 8))
+    assert images[0, :, 0, 0, 0].tolist() == [0.25, 0.5]
+
+
 @torch.no_grad()
 def test_objects_and_what_they_roll_to_give_the_same_pictures(generator: IterativeGenerator) -> None:
     objects, z, start = inputs()
@@ -445,6 +476,7 @@ def test_any_generator_of_the_signature_can_be_rolled_out() -> None:
         ({"start": torch.full((3, 32, 32), 255.0)}, r"start must be in \[-1, 1\], got values up to 255"),
         ({"start": torch.zeros(3, 32, 32, dtype=torch.uint8)}, r"start must be floating point in .* got torch.uint8"),
         ({"rest": torch.rand(3, 1, 1)}, r"rest must be \(3, 3, 32, 32\), got \(3, 1, 1\)"),
+        ({"rest": torch.full((3, 3, 32, 32), math.nan)}, "rest holds NaN"),
         ({"places": torch.zeros(3, 2)}, r"places must be \(3, 3, 2\), got \(3, 2\)"),
         ({"places": torch.full((3, 3, 2), math.nan)}, "places holds NaN"),
     ],
@@ -670,10 +702,11 @@ def test_a_single_picture_is_cut_and_pasted_as_in_a_batch(dtype: torch.dtype) ->
 def test_squares_beyond_the_picture_are_refused(n: int) -> None:
     images, patches = torch.zeros(n, 3, 9, 9), torch.zeros(n, 3, 4, 4)
     corners = torch.tensor([[0, 0], [6, 2]])[-n:]
-    with pytest.raises((IndexError, RuntimeError)):
-        crop(images, corners, 4)
-    with pytest.raises((IndexError, RuntimeError)):
-        paste(images, patches, corners)
+    for wrong in (corners, corners - 7, corners.flip(1)):
+        with pytest.raises(ValueError, match=r"corners: squares of 4x4 must lie inside pictures of 9x9, got corners"):
+            crop(images, wrong, 4)
+        with pytest.raises(ValueError, match=r"corners: squares of 4x4 must lie inside pictures of 9x9, got corners"):
+            paste(images, patches, wrong)
 
 
 def test_pasting_works_on_views_and_on_pictures_stored_channels_last() -> None:

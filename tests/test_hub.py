@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from condgan import hub as hub_module
+from condgan import remote
 from condgan.fields import added_later
 from condgan.hub import PretrainedModel, list_pretrained
 from condgan.remote import CheckpointError
@@ -288,7 +289,7 @@ def test_a_config_that_asks_for_far_more_than_the_file_holds_is_refused_while_it
     assert_same(Tower.from_pretrained(folder), tower)
     change_config(folder, width=10_000)
     Tower.floors.clear()
-    refused(folder, "config.json does not describe", "many times as large as model.safetensors", model=Tower)
+    refused(folder, "config.json does not describe", "many times as large as what is stored", model=Tower)
     assert 5 < len(Tower.floors) < 1000
     Tower(ToyConfig(width=2000))  # who builds one himself may have it as high as he likes
 
@@ -566,6 +567,17 @@ def hub_warnings() -> Iterator[list[str]]:
     logger.removeHandler(handler)
     assert logger.level == logging.WARNING
     logger.setLevel(before)
+
+
+def test_several_threads_may_quieten_the_hub_at_once(hub_warnings: list[str]) -> None:
+    logger = logging.getLogger("huggingface_hub")
+    first, second = remote._quiet_hub(), remote._quiet_hub()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logger.level == logging.ERROR
+    second.__exit__(None, None, None)
+    assert logger.level == logging.WARNING
 
 
 def test_a_hub_that_is_down_is_told_at_once(

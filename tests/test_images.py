@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ def test_arrays_and_batches_of_one_are_the_pictures_that_they_hold(tmp_path: Pat
     for image in (*alike, Pathlike(tmp_path / "a.png"), COLOUR[::-1].copy()[::-1]):
         torch.testing.assert_close(load_image(image, 16), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(load_image(GRAY[:, :, None], 16), as_tensor(GRAY), atol=1e-6, rtol=0)
+
+
+def test_arrays_that_may_not_be_written_or_have_bytes_in_another_order_are_read_in_silence() -> None:
+    array = as_tensor(COLOUR).numpy()
+    array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for image in (array, array.astype(">f4"), np.broadcast_to(array[None], (1, *array.shape))):
+            assert torch.equal(load_image(image, 16), as_tensor(COLOUR))
 
 
 # Tensors and pictures

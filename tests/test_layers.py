@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -594,3 +595,24 @@ def test_without_spectral_norm_the_weights_are_applied_as_they_are(name: str) ->
 def test_repr_says_what_the_arguments_were() -> None:
     assert "ConditionalBatchNorm2d(\n  64, condition_dim=128\n" in repr(ConditionalBatchNorm2d(64, 128))
     assert "preactivate=False" in repr(DisBlock(3, 4, preactivate=False))
+
+
+def test_weights_that_one_thread_makes_are_not_handed_to_another() -> None:
+    """PyTorch keeps one cache of them for all threads; those that another thread makes may have no gradient."""
+    block = DisBlock(3, 4)
+    inside, leave = threading.Event(), threading.Event()
+
+    def look() -> None:
+        with torch.no_grad(), layers.weights_made_once():
+            assert not block.c1.weight.requires_grad
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    assert inside.wait(10)
+    threading.Timer(0.2, leave.set).start()
+    _, (change,) = block.changes(torch.randn(2, 3, 4, 4), [torch.randn(2, 3, 4, 4)])
+    thread.join()
+    change.sum().backward()
+    assert all(parameter.grad is not None for name, parameter in block.named_parameters() if "bias" not in name)

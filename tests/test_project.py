@@ -26,7 +26,8 @@ PACKAGE = ROOT / "condgan"
 
 # Imports go one way: a module uses only modules of the groups above its own.
 GROUPS = (
-    ("vocab", "derived", "fields", "files", "losses", "images", "ranks", "precision", "allocator", "devices", "remote"),
+    ("vocab", "derived", "building", "fields", "files", "losses", "images", "ranks"),
+    ("precision", "allocator", "devices", "remote"),
     ("hub",),
     ("layers", "flow", "light", "configs", "correction"),
     ("functional", "requests"),
