@@ -204,7 +204,7 @@ def _train(commands: Any) -> None:
         RUN gets log.jsonl, checkpoint.safetensors, pictures/ (drawings of the model so far),
         model/, which every command takes as a model, discriminator/ and, for presets with
         a noise encoder (compact), noise-encoder/. After an interruption the same command
-        goes on. The presets:
+        goes on; until the run is over model/ lacks what is fitted at its end. The presets:
           compact         small, knows places; four hours or more on one CPU core
           reference       the networks and the numbers of the reference system
           reference-code  likewise, with the losses of its public code
@@ -245,7 +245,9 @@ def _train(commands: Any) -> None:
         help="let the scenes of a step pass in N parts, which takes less memory (default: 1)",
     )
     command.add_argument("--device", type=_device, help="such as cuda or cpu (default: a GPU if there is one)")
-    command.set_defaults(after_interrupt=": run the same command again to go on")
+    command.set_defaults(
+        after_interrupt=": run the same command again to go on; until then RUN/model lacks what a run fits at its end"
+    )
 
 
 def _evaluate(commands: Any) -> None:

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from condgan.classifier import SceneClassifier
 from condgan.datasets import SceneDataset
-from condgan.files import settle
+from condgan.files import check_utf8, settle
 from condgan.presets import TrainConfig
 from condgan.training import Trainer
 
@@ -24,14 +25,35 @@ CHECKPOINT = "checkpoint.safetensors"
 COUNTERS = ("step", "images", "skipped", "skipped_in_a_row")
 
 
-def scenes_digest(dataset: SceneDataset) -> str:
-    """SHA-256 of which scenes these are: their names, objects and vocabulary, in order; their pixels are not read."""
+LEARNED_FROM = {
+    "scenes": "data: the run in {!r} was trained on other scenes than these",
+    "pictures": "data: the run in {!r} was trained on other pictures of these scenes",
+    "verifier": "verifier: the run in {!r} listened to another verifier than what that name stands for now",
+}
+"""What a checkpoint names by its SHA-256, and what to say where it is another one."""
+
+
+def learned_from(dataset: SceneDataset, verifier: SceneClassifier | None) -> dict[str, str]:
+    """SHA-256 of all that a run learns from, by the names of :data:`LEARNED_FROM`.
+
+    Of the scenes' names, objects and vocabulary, in order; of their pictures; of the weights of the verifier, if there
+    is one.
+    """
     described = json.dumps([dataset.names, dataset.objects.tolist(), dataset.vocabulary.names])
-    return hashlib.sha256(described.encode()).hexdigest()
+    digests = {
+        "scenes": hashlib.sha256(described.encode()).hexdigest(),
+        "pictures": hashlib.sha256(dataset.pixels.contiguous().numpy().data).hexdigest(),
+    }
+    if verifier is not None:
+        weights = hashlib.sha256()
+        for tensor in verifier.state_dict().values():
+            weights.update(tensor.cpu().contiguous().numpy().tobytes())
+        digests["verifier"] = weights.hexdigest()
+    return digests
 
 
-def save_checkpoint(trainer: Trainer, path: Path, scenes: str) -> None:
-    """Write everything that the next step depends on, with the digest of its scenes; whole or not at all.
+def save_checkpoint(trainer: Trainer, path: Path, digests: dict[str, str]) -> None:
+    """Write all that the next step depends on, with what :func:`learned_from` says of the run; whole or not at all.
 
     Raises:
         OSError: it cannot be written.
@@ -44,7 +66,7 @@ def save_checkpoint(trainer: Trainer, path: Path, scenes: str) -> None:
             tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in state.items()}
     counters = {name: getattr(trainer, name) for name in COUNTERS}
     config = dataclasses.asdict(trainer.config)
-    metadata = {"config": json.dumps(config), "counters": json.dumps(counters), "scenes": scenes}
+    metadata = {"config": json.dumps(config), "counters": json.dumps(counters), **digests}
     partial = path.with_name(path.name + ".partial")
     try:
         partial.touch()
@@ -91,16 +113,17 @@ def restore(trainer: Trainer, stored: StoredRun) -> None:
         setattr(trainer, name, count)
 
 
-def read_checkpoint(path: Path, config: TrainConfig, scenes: str) -> StoredRun:
+def read_checkpoint(path: Path, config: TrainConfig, digests: dict[str, str]) -> StoredRun:
     """Read a checkpoint of a run.
 
     Raises:
         PermissionError: the file may not be read.
-        ValueError: the file is damaged, of no run, or of a run with another ``config`` or other scenes; the message
-            names what differs.
+        ValueError: the file is damaged, of no run, or of a run with another ``config`` or that learned from something
+            else; the message names what differs.
     """
     if not os.access(path, os.R_OK):
         raise PermissionError(f"out: {str(path)!r} is there, but you may not read it: change its permissions")
+    check_utf8(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -114,11 +137,10 @@ def read_checkpoint(path: Path, config: TrainConfig, scenes: str) -> StoredRun:
         said = False
     if not said or not all(type(count) is int for count in (stored["images"], *counters.values())):
         raise ValueError(f"{str(path)!r} does not say of which run it is: delete it to start the run again")
-    if metadata.get("scenes", scenes) != scenes:  # a checkpoint of an older condgan does not say
-        raise ValueError(
-            f"data: the run in {str(path.parent)!r} was trained on other scenes than these: choose another folder "
-            "(--out), or give the same data"
-        )
+    for name, digest in digests.items():
+        if metadata.get(name, digest) != digest:  # a checkpoint of an older condgan does not say
+            other = LEARNED_FROM[name].format(str(path.parent))
+            raise ValueError(f"{other}: choose another folder (--out), or give what it learned from")
     _check_same_run(stored, config, path)  # after the scenes, since few of them lower its light
     if config.images < min(stored["images"], counters["images"]):
         raise ValueError(
@@ -130,8 +152,16 @@ def read_checkpoint(path: Path, config: TrainConfig, scenes: str) -> StoredRun:
 
 def _check_same_run(stored: dict[str, Any], config: TrainConfig, path: Path) -> None:
     """A run may be lengthened; nothing else may change between its parts."""
-    current = json.loads(json.dumps(dataclasses.asdict(config)))
-    differing = [name for name in current if name != "images" and current[name] != stored.get(name)]
+    before, now = _flat(stored), _flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    differing = [name for name in now if name != "images" and now[name] != before.get(name)]
     if differing:
-        changes = ", ".join(f"{name} was {stored.get(name)!r} and is {current[name]!r}" for name in differing)
+        changes = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in differing)
         raise ValueError(f"{str(path)!r} is of another run: {changes}; choose another folder or the same settings")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields of configs in configs by the names that ``--set`` has for them, such as ``generator.width``."""
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return fields

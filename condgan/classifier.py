@@ -49,6 +49,12 @@ class SceneClassifierConfig:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
 
 
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks are one, wherever they were loaded from."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)
+
+
 class SceneClassifier(PretrainedModel):
     """A ResNet with one logit an object, its parameters named as torchvision names them.
 

@@ -26,6 +26,7 @@ from condgan.arguments import DRAWS, parser
 
 if TYPE_CHECKING:
     from condgan.hub import PretrainedModel
+    from condgan.presets import TrainConfig
     from condgan.realism import RealismReport
     from condgan.results import Drawing
 
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: 2 for wrong usage, 0 after ``--help`` and ``--version``.
     """
+    for closed in ("stdout", "stderr"):
+        if getattr(sys, closed) is None:  # as `2>&-` has it
+            setattr(sys, closed, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where a terminal has ASCII only
@@ -66,14 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     rank, name = 0, args.parser.prog
     try:
-        rank = _rank()
+        args.rank = rank = _rank(args)
         if rank:
             name = f"{name}, rank {rank}"
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             _show_warnings_of_users()
             warnings.showwarning = lambda message, *_, **__: print(f"{name}: warning: {message}", file=sys.stderr)
             report = COMMANDS[args.command](args)
-        if rank == 0:
+        # The tasks of a job array, each with a part of a set, report each its own.
+        if rank == 0 or (args.command == "generate" and "LOCAL_RANK" not in os.environ):
             print(json.dumps(report.data, allow_nan=False) if args.json else report.text, flush=True)
         if report.lost:
             print(f"{name}: error: {report.lost}", file=sys.stderr)
@@ -155,7 +160,7 @@ def _generate_set(args: argparse.Namespace) -> Report:
         count=count,
         progress=rank == 0 and sys.stderr.isatty(),
     )
-    whose = f", by process 0 of {count}" if count > 1 else ""
+    whose = f", by process {rank} of {count}" if count > 1 else ""
     return Report(
         {**dataclasses.asdict(report), "out": str(report.out)},
         f"{report.out}: {_counted(report.pictures, 'picture', 'pictures')} in "
@@ -169,10 +174,11 @@ def _counted(number: int, one: str, several: str) -> str:
     return f"{number:,} {one if number == 1 else several}"
 
 
-def _rank() -> int:
-    """The number of this process among those that ``torchrun`` has started."""
-    if "RANK" not in os.environ:  # PyTorch, which condgan.ranks needs, takes seconds to import
-        return 0
+def _rank(args: argparse.Namespace) -> int:
+    """The number of this process among those that share the work; what cannot be shared each does for itself."""
+    shared = args.command == "train" or (args.command == "generate" and args.source is not None)
+    if "RANK" not in os.environ or not shared:
+        return 0  # without PyTorch, which condgan.ranks needs and which takes seconds to import
     from condgan.ranks import launched
 
     return launched()[0]
@@ -350,6 +356,8 @@ def _train(args: argparse.Namespace) -> Report:
     from condgan.allocator import keep_freed_memory
     from condgan.runs import train  # not needed to refuse what is wrong above
 
+    if args.rank == 0:
+        _warn_of_missing_stages(config)
     keep_freed_memory()
     progress = sys.stderr.isatty()
     generator = train(args.data, args.out, config, device=args.device, accumulate=args.accumulate, progress=progress)
@@ -360,6 +368,24 @@ def _train(args: argparse.Namespace) -> Report:
         f"{model}: trained on {config.images:,} pictures; draw with it:\n"
         f'  condgan generate "{generator.vocabulary.names[0]}" --model {shlex.quote(str(model))}',
     )
+
+
+def _warn_of_missing_stages(config: TrainConfig) -> None:
+    """Say if a shortened run ends before its adversarial stage, or before its learning rates would have fallen."""
+    images = config.images
+    if config.reconstruction_images >= images > 0:
+        warnings.warn(
+            f"images={images:,} are reconstruction only (reconstruction_images={config.reconstruction_images:,}): the "
+            f"discriminator never learns; ask for more, or for a shorter stage, such as --set "
+            f"reconstruction_images={images // 8} --set decay_images={images // 4}",
+            stacklevel=2,
+        )
+    elif config.decay_images > images:
+        warnings.warn(
+            f"learning rates fall over decay_images={config.decay_images:,} pictures, more than images={images:,}, and "
+            f"so begin low; to have them fall at the end, give --set decay_images={images // 4}",
+            stacklevel=2,
+        )
 
 
 def _evaluate(args: argparse.Namespace) -> Report:
@@ -380,7 +406,7 @@ def _evaluate(args: argparse.Namespace) -> Report:
         args.parser.error(f"argument --sheet: {str(args.sheet)!r} is not a .png file in a folder that is there")
     if args.sheet:
         check_picture_path(args.sheet)
-    lost, found = "", None
+    found, failures = None, []
     try:  # the file is opened first: nobody wants to hear after an hour that it cannot be written
         with _written_whole(args.out) if args.out else contextlib.nullcontext() as file:
             found = _measured(args)
@@ -389,13 +415,15 @@ def _evaluate(args: argparse.Namespace) -> Report:
     except OSError as error:
         if found is None:
             raise
-        lost = f"--out: {str(args.out)!r} cannot be written ({error.strerror}); all that was measured is printed"
+        failures.append(
+            f"--out: {str(args.out)!r} cannot be written ({error.strerror}); all that was measured is printed"
+        )
     if args.sheet and found.realism is not None:
         try:
             save_image(found.realism.sheet(), args.sheet, {"realism": found.realism.to_dict()})
         except OSError as error:
-            lost = str(error)
-    return Report(found.data, found.text, lost)
+            failures.append(str(error))
+    return Report(found.data, found.text, "; ".join(filter(None, (found.lost, *failures))))
 
 
 class Measured(NamedTuple):
@@ -404,18 +432,22 @@ class Measured(NamedTuple):
     data: dict[str, Any]
     text: str
     realism: RealismReport | None
+    lost: str
+    """Why the trial of told apart is not there, if it was asked for."""
 
 
 def _measured(args: argparse.Namespace) -> Measured:
     """Both parts of an evaluation, or the one that is asked for."""
     from condgan.evaluation import evaluate
     from condgan.models import IterativeGenerator
-    from condgan.realism import realism_report
+    from condgan.realism import check_data, realism_report
 
     model_name = args.model or IterativeGenerator.default_pretrained
     data: dict[str, Any] = {"model": model_name}
     texts, realism = [], None
     generator = IterativeGenerator.from_pretrained(args.model).to(args.device)
+    if args.realism:
+        check_data(args.data, generator)  # before the first part, which takes minutes
     progress = sys.stderr.isatty()
     if args.conditions is not None:
         report = evaluate(
@@ -434,18 +466,24 @@ def _measured(args: argparse.Namespace) -> Measured:
         data |= report.to_dict()
         texts.append(str(report))
     if args.realism:
-        realism = realism_report(
-            generator,
-            args.data,
-            first_seed=args.seed,
-            best_of=args.best_of,
-            redraw=args.redraw,
-            progress=progress,
-            model_name=model_name,
-        )
+        try:
+            realism = realism_report(
+                generator,
+                args.data,
+                first_seed=args.seed,
+                best_of=args.best_of,
+                redraw=args.redraw,
+                progress=progress,
+                model_name=model_name,
+            )
+        except (KeyboardInterrupt, ValueError, OSError, RuntimeError, MemoryError) as error:
+            if args.conditions is None:
+                raise
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else _explain(error)
+            return Measured(data, texts[0], None, f"--realism: {reason}; what was measured before is printed")
         data["realism"] = realism.to_dict()
         texts.append(str(realism))
-    return Measured(data, "\n\n".join(texts), realism)
+    return Measured(data, "\n\n".join(texts), realism, "")
 
 
 @contextlib.contextmanager

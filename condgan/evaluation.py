@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import reprlib
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from condgan.classifier import SceneClassifier
+from condgan.classifier import SceneClassifier, same_weights
 from condgan.counter import ObjectCounter
 from condgan.datasets import read_conditions
 from condgan.devices import cpu_by_default
@@ -44,7 +45,7 @@ from condgan.measures import (
     surroundings,
 )
 from condgan.report import MEASURES, EvaluationReport, Measure
-from condgan.requests import MAX_PICTURES, parse_scenes, parse_seed, parse_whole
+from condgan.requests import MAX_PICTURES, parse_scenes, parse_seed, parse_whole, warn_of_long_scenes
 from condgan.scenes import RealScenes, SceneDrawer, Scenes, as_real, read_real
 from condgan.vocab import Vocabulary
 
@@ -129,6 +130,13 @@ def evaluate(
             f"judge: {judge_name!r} was not trained on all objects of the model ({error}): give a judge that was, "
             "examples/train_classifier.py trains one"
         ) from None
+    if same_weights(observer.judge, SceneClassifier.from_pretrained("verifier")):
+        warnings.warn(
+            f"judge: {judge_name!r} has the weights of the verifier, which has a part in training and chooses with "
+            "best_of: what it finds right is too much; the judge has none",
+            stacklevel=2,
+        )
+    warn_of_long_scenes(lists, generator)
     drawer = SceneDrawer(generator, observer.vocabulary, best_of, redraw, batch_size, progress)
     real = None if data is None else read_real(data, generator, observer.vocabulary)  # errors before the long drawing
 

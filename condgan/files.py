@@ -85,3 +85,18 @@ def file_sha256(path: str | Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_utf8(path: Path) -> None:
+    """Refuse what safetensors cannot open, and would call damaged.
+
+    Raises:
+        OSError: the path is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise OSError(
+            f"{str(path)!a} has a name that is not UTF-8, which safetensors cannot open: the file may be whole; "
+            "rename its folder"
+        ) from None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from condgan import __version__
 from condgan.building import Building
 from condgan.fields import config_from_json, some
-from condgan.files import settle
+from condgan.files import check_utf8, settle
 from condgan.remote import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, download, hub_errors
 from condgan.vocab import did_you_mean
 
@@ -388,6 +388,7 @@ def _stored_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Te
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a file."""
+    check_utf8(path)
     try:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:

@@ -326,7 +326,15 @@ def _finished(path: Path, layout: SceneLayout, image_size: int, fingerprint: str
             return None
     except (DatasetError, FileNotFoundError):  # another process may be about to replace it
         return None
-    unreadable = frozenset(index.source["unreadable"])
+    listed = index.source.get("unreadable")
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        return None
+    unreadable = frozenset(listed)
+    packed = _readable(layout.scenes, unreadable)
+    ids = [[layout.vocabulary.parse(name) for name in scene.objects] for scene in packed]
+    said = [*index.names], index.objects.tolist(), index.image_size, index.vocabulary.names
+    if said != ([scene.name for scene in packed], ids, image_size, layout.vocabulary.names):
+        return None
     if any(_undamaged(layout.folder / picture, image_size) is not None for picture in unreadable):
         return None
     return _Outcome(index.sha256, unreadable, already_prepared=True, resumed_scenes=0)

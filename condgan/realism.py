@@ -436,6 +436,11 @@ class _Real(NamedTuple):
     """The objects in each picture, in the order of its turns."""
 
 
+def check_data(data: str | Path, generator: SceneModel) -> None:
+    """Raise what :func:`realism_report` would of data that it cannot use."""
+    _read_real(data, generator)
+
+
 def _read_real(data: str | Path, generator: SceneModel) -> tuple[_Real, _Real]:
     """Pictures to learn from, and held-out ones."""
     dataset = open_real(data, generator.image_size)

@@ -6,6 +6,7 @@ import operator
 import os
 import reprlib
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from condgan.vocab import Vocabulary
@@ -169,12 +170,17 @@ def parse_request(generator: AskedModel, conditions: object, at: object, name: s
     if at is not None and generator.place_model is None:
         raise ValueError(f"{name} was given, but this model does not know places; the default model does")
     places = None if at is None else parse_places(at, scenes, batched, generator.image_size, name)
+    warn_of_long_scenes(scenes, generator, stacklevel=5)
+    return Request(scenes, places)
+
+
+def warn_of_long_scenes(scenes: Sequence[Sequence[str]], generator: AskedModel, stacklevel: int = 3) -> None:
+    """Warn if a scene has more objects than those of training."""
     longest = max(len(scene) for scene in scenes)
     if longest > generator.num_turns:
         warnings.warn(
             f"{longest} objects are asked, but the model was trained on scenes of at most {generator.num_turns}: the "
             "later ones may come out worse",
             TooManyObjectsWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
-    return Request(scenes, places)

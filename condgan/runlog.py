@@ -20,7 +20,7 @@ def _images_of(line: str, log: Path) -> int:
     """Where the run was when it wrote a line of its log."""
     try:
         return int(json.loads(line)["images"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise ValueError(
             f"{str(log)!r} is damaged, it has the line {line[:80]!r}: delete or move it to go on"
         ) from None

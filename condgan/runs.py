@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from condgan.batches import TrainingScenes, own_parts
-from condgan.checkpoints import CHECKPOINT, read_checkpoint, restore, save_checkpoint, scenes_digest
-from condgan.classifier import SceneClassifier
+from condgan.checkpoints import CHECKPOINT, learned_from, read_checkpoint, restore, save_checkpoint
+from condgan.classifier import SceneClassifier, same_weights
+from condgan.configs import IMAGE_SIZES
 from condgan.datasets import SceneDataset
 from condgan.devices import cpu_by_default
 from condgan.drawing import draw_turns
@@ -97,6 +98,8 @@ def train(
     size = config.generator.image_size
     dataset = data if isinstance(data, SceneDataset) else SceneDataset(data, "train", image_size=size)
     _check_data(dataset, config)
+    if not isinstance(data, SceneDataset) and dataset.checksum is not None:
+        dataset.verify()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -109,8 +112,13 @@ def train(
                     _own_folder(out, held)
                     _warn_of_small_windows(dataset, config)
                 config = _with_light_of(dataset, config, told=ranks.leads)
-                trainer = _ready_trainer(dataset, checkpoint, config, ranks, accumulate, progress and ranks.leads)
-                _run(trainer, out, scenes_digest(dataset), checkpoint_seconds, progress)
+                own_parts(config.batch_scenes, ranks, accumulate)  # refuses what is wrong before the canvas is fitted
+                verifier = _verifier(config, ranks.device)
+                digests = learned_from(dataset, verifier)
+                trainer = _ready_trainer(
+                    dataset, checkpoint, digests, config, ranks, accumulate, verifier, progress and ranks.leads
+                )
+                _run(trainer, out, digests, checkpoint_seconds, progress)
             if not ranks.leads:
                 return trainer.ema_generator
             generator = trainer.finish(progress)
@@ -137,18 +145,23 @@ def _own_folder(out: Path, held: contextlib.ExitStack) -> None:
 
 
 def _ready_trainer(
-    dataset: SceneDataset, checkpoint: Path, config: TrainConfig, ranks: Ranks, accumulate: int, progress: bool
+    dataset: SceneDataset,
+    checkpoint: Path,
+    digests: dict[str, str],
+    config: TrainConfig,
+    ranks: Ranks,
+    accumulate: int,
+    verifier: SceneClassifier | None,
+    progress: bool,
 ) -> Trainer:
     """Before the first step, or where the checkpoint left off."""
-    own_parts(config.batch_scenes, ranks, accumulate)  # what is wrong is refused before the canvas is fitted
-    verifier = _verifier(config, ranks.device)
-    stored = read_checkpoint(checkpoint, config, scenes_digest(dataset)) if checkpoint.exists() else None
+    stored = read_checkpoint(checkpoint, config, digests) if checkpoint.exists() else None
     generator, discriminator, noise_encoder = _fresh_networks(config)
     if stored is None:
         _load_sources(config, generator, discriminator, noise_encoder)
     else:
         for name, buffer in generator.canvas.named_buffers():
-            buffer.copy_(stored.tensors[f"generator.canvas.{name}"])
+            buffer.copy_(stored.tensors.get(f"generator.canvas.{name}", buffer))  # without it nothing is restored below
     fit_canvas = stored is None and config.init_generator is None
     scenes = TrainingScenes(dataset, generator, fit_canvas, progress=progress)
     for network in (generator, discriminator, noise_encoder):
@@ -156,7 +169,13 @@ def _ready_trainer(
             network.to(ranks.device)
     trainer = Trainer(config, scenes, generator, discriminator, noise_encoder, ranks, accumulate, verifier)
     if stored is not None:
-        restore(trainer, stored)
+        try:
+            restore(trainer, stored)
+        except (LookupError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{str(checkpoint)!r} lacks what this run needs ({reason:.200}): delete it to start the run again"
+            ) from error
     ranks.check_same(len(scenes.pixels), "data: not every process sees the same number of scenes")
     ranks.check_same(trainer.step, f"out: not every process sees the same {str(checkpoint)!r}, share the folder")
     for trained in trainer.networks().values():
@@ -164,7 +183,7 @@ def _ready_trainer(
     return trainer
 
 
-def _run(trainer: Trainer, out: Path, scenes: str, checkpoint_seconds: float, progress: bool) -> None:
+def _run(trainer: Trainer, out: Path, digests: dict[str, str], checkpoint_seconds: float, progress: bool) -> None:
     """All steps that are left, and a checkpoint."""
     ranks, images = trainer.ranks, trainer.config.images
     with (
@@ -192,7 +211,7 @@ def _run(trainer: Trainer, out: Path, scenes: str, checkpoint_seconds: float, pr
             stopped = ranks.any(bool(stop_requests))  # in the same step on every rank
             if log is not None and (stopped or time.monotonic() - saved > checkpoint_seconds):
                 log.write_line()  # first: a log may run ahead of the checkpoint, but not lack what led to it
-                save_checkpoint(trainer, out / CHECKPOINT, scenes)
+                save_checkpoint(trainer, out / CHECKPOINT, digests)
                 _save_models(trainer, trainer.export(), out)
                 saved = time.monotonic()
             if stopped:
@@ -200,7 +219,7 @@ def _run(trainer: Trainer, out: Path, scenes: str, checkpoint_seconds: float, pr
                 raise KeyboardInterrupt
         if log is not None:
             log.write_line()
-            save_checkpoint(trainer, out / CHECKPOINT, scenes)
+            save_checkpoint(trainer, out / CHECKPOINT, digests)
         if ranks.any(bool(stop_requests)):  # all leave together; from here on no rank needs another
             raise KeyboardInterrupt
 
@@ -270,6 +289,11 @@ def _verifier(config: TrainConfig, device: torch.device) -> SceneClassifier | No
             f"verifier: {config.verifier!r} knows the objects {theirs}, the configuration names {ours}: name a "
             f"classifier of these (examples/train_classifier.py trains one), or set legibility_weight to 0"
         )
+    if same_weights(verifier, SceneClassifier.from_pretrained("judge")):
+        raise ValueError(
+            f"verifier: {config.verifier!r} has the weights of the judge, which only reports: what it had a part in "
+            "training it cannot judge; name another classifier, such as 'verifier'"
+        )
     return verifier.to(device).eval()
 
 
@@ -286,6 +310,8 @@ def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:
             f"pictures are {size} pixels wide, the configuration asks for {ours.image_size} (which "
             f"`condgan prepare DATA_DIR --image-size {ours.image_size}` makes of them)"
         )
+        if size not in IMAGE_SIZES:
+            raise ValueError(f"data: {differing[0]}; prepare them in a size that models have, {IMAGE_SIZES}")
         settings |= {"generator.image_size": size, "discriminator.image_size": size}
         if ours.window is not None:
             window = min(size, 8 * math.ceil(ours.window * size / ours.image_size / 8))

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -322,7 +323,12 @@ def test_diverged_training_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("module", "function", "line", "advice"),
     [
-        (runs, "train", "train --data data --out run", ": run the same command again to go on"),
+        (
+            runs,
+            "train",
+            "train --data data --out run",
+            ": run the same command again to go on; until then RUN/model lacks what a run fits at its end",
+        ),
         (evaluation, "evaluate", "evaluate --conditions test.json --out report.json", ""),
     ],
 )
@@ -546,11 +552,16 @@ def test_a_list_is_drawn_by_any_number_of_processes(run: Run, monkeypatch: pytes
     assert run(*argv, "alone").out == "alone: 3 pictures in 2 tar files; 0 drawn now, 3 were there\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, text in (
-        ("1", ""),
+        ("1", "shared: 3 pictures in 2 tar files; 1 drawn now, by process 1 of 2, 0 were there\n"),
         ("0", "shared: 3 pictures in 2 tar files; 2 drawn now, by process 0 of 2, 0 were there\n"),
     ):
         monkeypatch.setenv("RANK", rank)
         assert run(*argv, "shared").out == text
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of those that torchrun starts the first one reports
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert bool(run(*argv, "shared").out) == (rank == "0")
+        assert run("info").out != "", "what is not shared each does for itself"
     for name in ("00000.tar", "00001.tar", "set.json"):
         assert Path("alone", name).read_bytes() == Path("shared", name).read_bytes()
 
@@ -588,9 +599,9 @@ def test_wrong_numbers_of_processes_are_one_line_of_error(
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", count)
-    outcome = run("info")
+    outcome = run("train", "--data", "data", "--out", "run")
     assert (outcome.status, outcome.out) == (1, "")
-    assert re.fullmatch(r"condgan info: error: the variables RANK and WORLD_SIZE must [^\n]+\n", outcome.err)
+    assert re.fullmatch(r"condgan train: error: the variables RANK and WORLD_SIZE must [^\n]+\n", outcome.err)
 
 
 def test_what_json_cannot_say_is_an_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -813,7 +824,7 @@ def test_a_run_can_take_its_scenes_in_parts(run: Run, asked: list[tuple[Any, ...
 
 
 def test_train_and_draw(run: Run, packed: Path) -> None:
-    small = "generator.width=1 generator.z_dim=2 generator.condition_dim=4 bf16=false "
+    small = "generator.width=1 generator.z_dim=2 generator.condition_dim=4 bf16=false decay_images=0 "
     small += "discriminator.width=1 discriminator.condition_dim=4 reconstruction_images=6"
     fields = [argument for field in small.split() for argument in ("--set", field)]
     argv = ("train", "--data", packed, "--out", "run", "--batch-scenes", 2, *fields)
@@ -905,3 +916,73 @@ def test_evaluate_prints_a_table(run: Run, iclevr: Path, models: Path) -> None:
     report = run(*argv, "--seed", 5, "--json").json
     assert report["seed"] == 5
     assert report["real_accuracy"] is None
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Both parts of an evaluation, of which the second one fails; what was done."""
+    done: list[str] = []
+
+    def first(*args: object, **options: object) -> SimpleNamespace:
+        done.append("first")
+        return SimpleNamespace(to_dict=lambda: {"accuracy": 0.5})
+
+    def second(*args: object, **options: object) -> None:
+        done.append("second")
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(evaluation, "evaluate", first)
+    monkeypatch.setattr(realism, "realism_report", second)
+    return done
+
+
+def test_what_was_measured_is_kept_when_the_trial_of_told_apart_fails(
+    run: Run, tried: list[str], packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("lists.json").write_text('[["red cube"]]')
+    argv = ("evaluate", "--conditions", "lists.json", "--realism", "--data", packed, "--json", "--out", "report.json")
+    monkeypatch.setattr(realism, "check_data", lambda data, generator: None)
+    outcome = run(*argv)
+    assert outcome.status == 1
+    assert json.loads(outcome.out)["accuracy"] == json.loads(Path("report.json").read_text())["accuracy"] == 0.5
+    assert outcome.err.endswith("error: --realism: no memory is left; what was measured before is printed\n")
+    assert tried == ["first", "second"]
+    assert run("evaluate", "--realism", "--data", packed).out == ""
+
+
+def test_data_for_which_there_is_no_trial_is_refused_before_anything_is_measured(
+    run: Run, tried: list[str], packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("lists.json").write_text('[["red cube"]]')
+    monkeypatch.setattr(realism, "scene_split", lambda name: "train")
+    outcome = run("evaluate", "--conditions", "lists.json", "--realism", "--data", packed)
+    assert (outcome.status, outcome.out, tried) == (1, "", [])
+    assert "at least 2 of each are needed" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("reconstruction_images=65000", "images=12 are reconstruction only"),
+        ("reconstruction_images=6", "learning rates fall over decay_images=130,000 pictures"),
+        ("decay_images=3", ""),
+    ],
+)
+def test_a_run_that_is_too_short_for_its_stages_is_warned_of(
+    run: Run, asked: list[tuple[Any, ...]], setting: str, words: str
+) -> None:
+    fields = ("--set", "reconstruction_images=6", "--set", setting)
+    outcome = run("train", "--data", "data", "--out", "run", "--images", 12, *fields)
+    assert words in outcome.err
+    assert ("warning" in outcome.err) == bool(words)
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_closed_stream_is_no_failure(closed: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m condgan list --json {closed}>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) == (closed == "2")
+    wrong = command.replace("list --json", "info nonesuch")
+    done = subprocess.run(["sh", "-c", wrong], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")

@@ -23,6 +23,7 @@ from condgan.evaluation import evaluate
 from condgan.images import to_uint8
 from condgan.models import IterativeGenerator
 from condgan.report import MEASURES, EvaluationReport
+from condgan.requests import TooManyObjectsWarning
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
 
 SIZE = 64
@@ -150,7 +151,7 @@ def packed(tmp_path: Path) -> Path:
         "format": "condgan-scenes",
         "version": 1,
         "image_size": SIZE,
-        "sha256": "",
+        "sha256": None,
         "objects": list(ICLEVR_OBJECTS),
         "scenes": entries,
     }
@@ -680,8 +681,9 @@ def test_names_load_the_shipped_networks(score: Score, oracle: _Oracle, monkeypa
 
     monkeypatch.setattr(SceneClassifier, "from_pretrained", load(oracle))
     monkeypatch.setattr(ObjectCounter, "from_pretrained", load(_Tally()))
-    report = score(_honest, judge="judge", counter="counter", model_name="small")
-    assert loaded == ["judge", "counter"]
+    with pytest.warns(UserWarning, match="judge: .judge. has the weights of the verifier, which has a part"):
+        report = score(_honest, judge="judge", counter="counter", model_name="small")
+    assert loaded == ["judge", "counter", "verifier"]
     assert (report.judge, report.model) == ("judge", "small")
 
 
@@ -757,6 +759,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(score: Score, pac
         _read(_without(packed, "test"))
 
 
+def test_long_lists_are_warned_of(score: Score) -> None:
+    with pytest.warns(TooManyObjectsWarning, match="5 objects are asked"):
+        score(_honest, lists=[["red cube"], ["red cube", "blue sphere", "gray cube", "cyan sphere", "red sphere"]])
+
+
+def test_real_pictures_that_are_damaged_are_not_measured(score: Score, packed: Path) -> None:
+    index = packed / f"condgan-{SIZE}.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"sha256": "0" * 64}))
+    with pytest.raises(DatasetError, match="differs from its checksum"):
+        score(_honest, real=True)
+
+
 def test_a_list_that_cannot_be_read_is_named(generator: IterativeGenerator, tmp_path: Path) -> None:
     (tmp_path / "lists.json").write_text('[["red cube"], ["pink cube"]]')
     with pytest.raises(DatasetError, match=r"lists\.json, entry 1: unknown object 'pink cube'"):
@@ -769,7 +783,7 @@ def _without(packed: Path, split: str) -> Path:
     content = json.loads(index.read_text())
     keep = [i for i, scene in enumerate(content["scenes"]) if scene_split(scene["name"]) != split]
     np.save(pixels, np.load(pixels)[keep])
-    index.write_text(json.dumps(content | {"scenes": [content["scenes"][i] for i in keep]}))
+    index.write_text(json.dumps(content | {"scenes": [content["scenes"][i] for i in keep], "sha256": None}))
     return pixels
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from condgan.files import locked, replacing
+from condgan.files import check_utf8, locked, replacing
 
 
 def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
@@ -139,3 +139,9 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypat
         partial.write_text("new")
     assert order == ["fsync", "replace"]
     assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_a_name_that_is_not_utf8_is_told_from_damage(tmp_path: Path) -> None:
+    check_utf8(tmp_path / "schön")
+    with pytest.raises(OSError, match=r"r\\udcffn' has a name that is not UTF-8, .* the file may be whole"):
+        check_utf8(Path(os.fsdecode(b"r\xffn")))

@@ -434,6 +434,12 @@ def test_second_call_reads_nothing(data_dir: Path, pictures_read: list[str]) -> 
     )
 
 
+def edit_index(data_dir: Path, source: dict[str, object] | None = None, **changes: object) -> None:
+    path = packed_path(data_dir, 8).with_suffix(".json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | changes | {"source": content["source"] | (source or {})}))
+
+
 def damage_pixels(data_dir: Path) -> None:
     path = packed_path(data_dir, 8)
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
@@ -445,6 +451,11 @@ def damage_pixels(data_dir: Path) -> None:
         damage_pixels,
         lambda data_dir: packed_path(data_dir, 8).unlink(),
         lambda data_dir: packed_path(data_dir, 8).with_suffix(".json").write_text("{"),
+        lambda data_dir: edit_index(data_dir, scenes=[]),
+        lambda data_dir: edit_index(data_dir, objects=["red cube"]),
+        lambda data_dir: edit_index(data_dir, image_size=9),
+        lambda data_dir: edit_index(data_dir, source={"unreadable": 5}),
+        lambda data_dir: edit_index(data_dir, source={"unreadable": [5]}),
         lambda data_dir: Image.new("RGB", (96, 72), "white").save(picture(data_dir, 9, 2)),
         lambda data_dir: edit_labels(
             data_dir, lambda labels: labels["CLEVR_train_000009_2.png"].__setitem__(2, "red cube")

@@ -15,9 +15,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -26,9 +28,10 @@ from safetensors.torch import load_file, save_file
 from tiny import RUN, make_trainer
 
 from condgan import DiffDiscriminator, IterativeGenerator, checkpoints, runs
-from condgan.checkpoints import CHECKPOINT, COUNTERS, save_checkpoint, scenes_digest
+from condgan.checkpoints import CHECKPOINT, COUNTERS, learned_from, save_checkpoint
 from condgan.classifier import SceneClassifier, SceneClassifierConfig
-from condgan.datasets import SceneDataset, packed_path
+from condgan.datasets import DatasetError, SceneDataset, packed_path
+from condgan.files import file_sha256
 from condgan.models import NoiseEncoder
 from condgan.prepare import prepare
 from condgan.presets import PRESETS, with_fields
@@ -300,6 +303,49 @@ def test_a_run_does_not_go_on_with_other_scenes(data: Path, tmp_path: Path) -> N
     train(scenes.without([]), tmp_path, longer, device="cpu", progress=False)
 
 
+def copied(data: Path, folder: Path, change: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels) -> Path:
+    """A packed file with its index, in a folder of its own; ``change`` does not reach the index."""
+    folder.mkdir()
+    shutil.copy(data.with_suffix(".json"), folder)
+    np.save(folder / data.name, change(np.load(data)))
+    return folder / data.name
+
+
+def test_damaged_data_is_not_trained_on(data: Path, tmp_path: Path) -> None:
+    broken = copied(data, tmp_path / "data", lambda pixels: pixels // 2)
+    with pytest.raises(DatasetError, match="differs from its checksum, it is damaged"):
+        train(broken, tmp_path / "run", RUN, device="cpu", progress=False)
+
+
+def test_a_run_does_not_go_on_with_other_pictures(data: Path, tmp_path: Path) -> None:
+    short, longer = (dataclasses.replace(RUN, images=images) for images in (9, 18))
+    other = copied(data, tmp_path / "data", lambda pixels: pixels[::-1])
+    other.with_suffix(".json").write_text(
+        json.dumps(json.loads(data.with_suffix(".json").read_text()) | {"sha256": file_sha256(other)})
+    )
+    train(data, tmp_path / "run", short, device="cpu", progress=False)
+    with pytest.raises(ValueError, match="was trained on other pictures of these scenes"):
+        train(other, tmp_path / "run", longer, device="cpu", progress=False)
+    train(copied(data, tmp_path / "same"), tmp_path / "run", longer, device="cpu", progress=False)
+
+
+def test_a_run_does_not_go_on_with_another_verifier_and_never_listens_to_the_judge(data: Path, tmp_path: Path) -> None:
+    verifier = tmp_path / "verifier"
+    classifier = SceneClassifier(SceneClassifierConfig((4,), (1,), "small"))
+    classifier.save_pretrained(verifier)
+    short = dataclasses.replace(RUN, images=9, verifier=str(verifier), legibility_weight=1.0)
+    train(data, tmp_path / "run", short, device="cpu", progress=False)
+    torch.nn.init.zeros_(classifier.fc.weight)
+    classifier.save_pretrained(verifier)
+    longer = dataclasses.replace(short, images=18)
+    with pytest.raises(ValueError, match=r"verifier: the run in .* listened to another verifier"):
+        train(data, tmp_path / "run", longer, device="cpu", progress=False)
+    SceneClassifier.from_pretrained("judge").save_pretrained(tmp_path / "copy")
+    for name in ("judge", str(tmp_path / "copy")):
+        with pytest.raises(ValueError, match=f"verifier: '{name}' has the weights of the judge"):
+            train(data, tmp_path / "other", dataclasses.replace(short, verifier=name), device="cpu", progress=False)
+
+
 def test_a_checkpoint_that_does_not_name_its_scenes_goes_on_and_then_does(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path, dataclasses.replace(RUN, images=9), device="cpu", progress=False)
     with safe_open(tmp_path / CHECKPOINT, "pt") as file:
@@ -312,12 +358,16 @@ def test_a_checkpoint_that_does_not_name_its_scenes_goes_on_and_then_does(data: 
 
 
 def test_the_digest_of_scenes_is_that_of_names_objects_and_vocabulary(data: Path) -> None:
-    whole, digest = SceneDataset(data, "train"), scenes_digest
+    whole = SceneDataset(data, "train")
+
+    def digest(dataset: SceneDataset) -> str:
+        return learned_from(dataset, None)["scenes"]
+
     changed = [copy.copy(whole) for _ in range(4)]
     changed[0].names = [*whole.names[1:], whole.names[0]]
     changed[1].objects = whole.objects.flip(1)
     changed[2].vocabulary = Vocabulary(whole.vocabulary.names[::-1])
-    del changed[3].pixels
+    changed[3].pixels = whole.pixels.flip(0)
     assert len(digest(whole)) == 64
     assert digest(whole) == digest(SceneDataset(data, "train")) == digest(changed[3])
     others = [*changed[:3], SceneDataset(data), SceneDataset(data, "train", half=0), whole.without(["red cube"])]
@@ -585,6 +635,6 @@ def test_a_verifier_of_other_objects_is_refused_before_the_run(data: Path, tmp_p
 
 
 def test_who_can_read_other_files_can_read_a_checkpoint(data: Path, tmp_path: Path) -> None:
-    save_checkpoint(make_trainer(data), tmp_path / CHECKPOINT, "")
+    save_checkpoint(make_trainer(data), tmp_path / CHECKPOINT, {})
     (tmp_path / "other").touch()
     assert (tmp_path / CHECKPOINT).stat().st_mode == (tmp_path / "other").stat().st_mode
