@@ -15,8 +15,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.rank = rank = _rank(args)
         if rank:
             name = f"{name}, rank {rank}"
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), _stopped_by_sigterm(args.command):
             _show_warnings_of_users()
             warnings.showwarning = lambda message, *_, **__: print(f"{name}: warning: {message}", file=sys.stderr)
             report = COMMANDS[args.command](args)
@@ -94,6 +96,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: error: {_explain(error)}", file=sys.stderr)
         return EXIT_FAILED
     return 0
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm(command: str) -> Iterator[None]:
+    """SIGTERM is like Ctrl-C, so that no half-written file stays; ``train`` has a way of its own."""
+    if command == "train" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show_warnings_of_users() -> None:

@@ -9,8 +9,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -344,6 +346,15 @@ def test_ctrl_c(
     assert outcome.out == ""
     assert outcome.err == f"condgan {line.split()[0]}: interrupted{advice}\n"
     assert [*tmp_path.iterdir()] == []
+
+
+def test_sigterm_leaves_no_half_of_a_file(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9))
+    outcome = run("evaluate", "--conditions", "test.json", "--out", "report.json")
+    assert (outcome.status, outcome.err) == (130, "condgan evaluate: interrupted\n")
+    assert [*tmp_path.iterdir()] == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_ctrl_c_while_arguments_are_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -606,7 +606,7 @@ def test_a_generator_is_exported_for_any_number_of_pictures(gradients: bool) -> 
         condition = generator.encoder(torch.eye(24)[:3])[0].detach()
         arguments = torch.randn(3, generator.z_dim), condition, torch.zeros(3, 3, 64, 64), torch.full((3, 2), 30.0)
         two = tuple(x[:2] for x in arguments)
-        exported = torch.export.export(generator, two, dynamic_shapes=({0: n},) * 4).module()
+        exported = torch.export.export(generator, two, dynamic_shapes=({0: n},) * 4, strict=False).module()
         torch.testing.assert_close(exported(*arguments), generator(*arguments), atol=1e-4, rtol=0)
 
 
