@@ -133,7 +133,7 @@ def evaluate(
     if same_weights(observer.judge, SceneClassifier.from_pretrained("verifier")):
         warnings.warn(
             f"judge: {judge_name!r} has the weights of the verifier, which has a part in training and chooses with "
-            "best_of: what it finds right is too much; the judge has none",
+            "best_of: it will find more right than there is; 'judge' has no such part",
             stacklevel=2,
         )
     warn_of_long_scenes(lists, generator)
