@@ -497,7 +497,7 @@ class DiffDiscriminator(PretrainedModel):
 
     def _differences(self, inputs: list[Tensor]) -> list[Tensor]:
         """How pictures with their maps differ from the first of them in what the blocks before the difference see."""
-        before, first = self._features(torch.cat(inputs[:2])).chunk(2)
+        before, first = self._features(torch.cat(inputs[:2])).unflatten(0, (2, inputs[0].shape[0])).unbind()
         return [features - before for features in (first, *(self._features(x) for x in inputs[2:]))]
 
     def _features(self, x: Tensor) -> Tensor:

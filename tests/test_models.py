@@ -610,6 +610,23 @@ def test_a_generator_is_exported_for_any_number_of_pictures(gradients: bool) -> 
         torch.testing.assert_close(exported(*arguments), generator(*arguments), atol=1e-4, rtol=0)
 
 
+def test_the_networks_of_training_are_exported_for_any_number_of_pictures() -> None:
+    preset, n = PRESETS["compact"], torch.export.Dim("N", min=2, max=1000)
+    assert preset.noise_encoder is not None
+    discriminator = randomise(DiffDiscriminator(replace(preset.discriminator, width=4)))
+    noise_encoder = randomise(NoiseEncoder(replace(preset.noise_encoder, width=4)))
+    before, after = torch.rand(2, 3, 3, 64, 64) * 2 - 1
+    condition, place = torch.randn(3, preset.discriminator.condition_dim), torch.full((3, 2), 30.0)
+    for network, arguments in (
+        (discriminator, (before, after, condition, place)),
+        (noise_encoder, (before, after, place)),
+    ):
+        two = tuple(x[:2] for x in arguments)
+        dynamic = ({0: n},) * len(two)
+        exported = torch.export.export(network, two, dynamic_shapes=dynamic, strict=False).module()
+        torch.testing.assert_close(exported(*arguments), network(*arguments), atol=1e-4, rtol=1e-4)
+
+
 @every_generator
 @torch.no_grad()
 def test_every_input_of_a_generator_makes_a_difference(config: GeneratorConfig) -> None:
