@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"condgan {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add_command in (_generate, _add, _info, _list, _prepare, _train, _evaluate):
+    for add_command in (_generate, _add, _info, _list, _prepare, _train, _evaluate, _export):
         add_command(commands)
     return parser
 
@@ -300,6 +300,28 @@ def _evaluate(commands: Any) -> None:
         "--sheet", type=Path, metavar="FILE.png", help="write a picture of what --realism is surest about"
     )
     command.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON object to this file")
+
+
+def _export(commands: Any) -> None:
+    command = _command(
+        commands,
+        "export",
+        """
+        Write a generator for programs without PyTorch.
+
+        As three ONNX graphs in a folder: the empty scene, the RNN and one turn, beside
+        config.json and a README with a program that draws with them. They are compared with
+        the generator first. Takes up to a minute; needs the packages
+        onnx, onnxscript and onnxruntime.
+        """,
+        """
+        condgan export --format onnx --out exported
+        condgan export run/model --out exported
+        """,
+    )
+    _add_model(command, "model", nargs="?", metavar="MODEL")
+    command.add_argument("--format", choices=("onnx",), default="onnx", help="of the files (default: onnx)")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; it is made")
 
 
 def _add_model(

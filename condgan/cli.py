@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who read our output has gone, as in `condgan info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return EXIT_FAILED
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         print(f"{name}: error: {_explain(error)}", file=sys.stderr)
         return EXIT_FAILED
     return 0
@@ -501,6 +501,30 @@ def _measured(args: argparse.Namespace) -> Measured:
     return Measured(data, "\n\n".join(texts), realism, "")
 
 
+def _export(args: argparse.Namespace) -> Report:
+    from condgan.export import export
+    from condgan.models import IterativeGenerator
+
+    name = args.model or IterativeGenerator.default_pretrained
+    found = export(IterativeGenerator.from_pretrained(args.model), args.out)
+    files = [f"  {file}, {size / 1e6:.1f} MB" for file, size in found.files.items()]
+    return Report(
+        {
+            "model": name,
+            "format": args.format,
+            "out": str(found.folder),
+            "files": found.files,
+            "furthest_levels": found.levels,
+        },
+        "\n".join(
+            [
+                f"{found.folder}: {name}, whose pictures the graphs draw within {found.levels:.0f} of 256 levels",
+                *files,
+            ]
+        ),
+    )
+
+
 @contextlib.contextmanager
 def _written_whole(path: Path) -> Iterator[TextIO]:
     """A text file that takes the place of ``path`` when the block ends well, and is removed when it does not.
@@ -526,5 +550,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "prepare": _prepare,
     "train": _train,
     "evaluate": _evaluate,
+    "export": _export,
 }
 """What each command does, by the names of :func:`condgan.arguments.parser`."""

@@ -38,8 +38,17 @@ GOOD_TURN = 0.9
 
 Redraw = Literal["picture", "turn"]
 """What best-of-n draws several times: whole pictures, or the turns that failed."""
-DrawnTurn = tuple[Tensor, Tensor | None]
-"""Pictures (N, 3, H, W) and places (N, 2) of one turn; no places for models that do not know them."""
+
+
+class DrawnTurn(NamedTuple):
+    """One turn of N pictures."""
+
+    image: Tensor
+    """(N, 3, H, W) in [-1, 1], whole levels of 256."""
+    rest: Tensor
+    """(N, 3, H, W): what rounding has taken from them, half a level at most."""
+    place: Tensor | None
+    """(N, 2) float32: where the objects were put, in pixels (x, y); None for models that do not know places."""
 
 
 class PlaceSampler(Protocol):
@@ -48,8 +57,20 @@ class PlaceSampler(Protocol):
     def __call__(self, image: Tensor, condition: Tensor, uniform: Tensor, light: Tensor | None = None) -> Tensor: ...
 
 
+class SceneGraphs(Protocol):
+    """What may draw single pictures in a model's stead; :class:`condgan.onnx.Sessions` does."""
+
+    def empty_scene(self, light: Tensor, grain: Tensor) -> tuple[Tensor, Tensor]: ...
+    def turn(
+        self, image: Tensor, rest: Tensor, condition: Tensor, noise: TurnNoise, asked: Tensor | None
+    ) -> DrawnTurn: ...
+
+
 class SceneModel(AskedModel, Protocol):
     """What drawing needs of a model; :class:`condgan.IterativeGenerator` is one."""
+
+    @property
+    def graphs(self) -> SceneGraphs | None: ...
 
     @property
     def z_dim(self) -> int: ...
@@ -200,7 +221,7 @@ def iterate_turns(
     ``draw_turn`` is as in :func:`draw_turns`, for these pictures.
     """
     weight = next(generator.parameters())
-    image, rest = round_levels(generator.canvas(*_canvas_noise(generator, rngs)))
+    image, rest = empty_scene(generator, *_canvas_noise(generator, rngs))
     if start is not None:
         image = start.to(weight.device)
     image = channels_last(image)
@@ -211,12 +232,13 @@ def iterate_turns(
     for turn, condition in enumerate(by_turn.unbind(0)):
         wanted = [scene[turn] if turn < len(scene) else None for scene in asked]
         if draw_turn is None:
-            drawn, place = _draw_turn(generator, _turn_noise(generator, rngs), condition, image, wanted)
+            drawn = _draw_turn(generator, _turn_noise(generator, rngs), condition, image, rest, wanted)
         else:
-            drawn, place = draw_turn(turn, condition, image, rest, wanted)
+            drawn = draw_turn(turn, condition, image, rest, wanted)
         present = objects[:, turn].any(1).to(weight.device)[:, None]
-        image, rest = round_turn(image, torch.where(present[:, :, None, None], drawn, image), rest)
-        yield image, None if place is None else place.masked_fill(~present, math.nan)
+        image = torch.where(present[:, :, None, None], drawn.image, image)
+        rest = torch.where(present[:, :, None, None], drawn.rest, rest)
+        yield image, None if drawn.place is None else drawn.place.masked_fill(~present, math.nan)
 
 
 def _normal(generator: SceneModel, rngs: Sequence[torch.Generator], *shape: int) -> Tensor:
@@ -272,17 +294,42 @@ def scene_noise(generator: SceneModel, seeds: object, turns: int) -> SceneNoise:
     return SceneNoise(light, grain, torch.stack(uniform, 1), torch.stack(z, 1))
 
 
+def empty_scene(generator: SceneModel, light: Tensor, grain: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty scenes (N, 3, H, W) at 256 levels and what rounding took from them, of :class:`SceneNoise`."""
+    if generator.graphs is not None and len(grain) == 1:
+        return generator.graphs.empty_scene(light, grain)
+    return round_levels(generator.canvas(light, grain))
+
+
 def _draw_turn(
-    generator: SceneModel, noise: TurnNoise, condition: Tensor, image: Tensor, wanted: Sequence[Place | None]
+    generator: SceneModel,
+    noise: TurnNoise,
+    condition: Tensor,
+    image: Tensor,
+    rest: Tensor,
+    wanted: Sequence[Place | None],
 ) -> DrawnTurn:
     """One turn of every picture, drawn once, given conditions (N, D), pictures so far and asked places."""
+    asked = None
+    if generator.place_model is not None and any(place is not None for place in wanted):
+        told = [place or (math.nan, math.nan) for place in wanted]
+        asked = torch.tensor(told, dtype=torch.float32).to(image.device)
+    if generator.graphs is not None and len(image) == 1:
+        return generator.graphs.turn(image, rest, condition, noise, asked)
+    return turn_of(generator, image, rest, condition, noise, asked)
+
+
+def turn_of(
+    generator: SceneModel, image: Tensor, rest: Tensor, condition: Tensor, noise: TurnNoise, asked: Tensor | None
+) -> DrawnTurn:
+    """One turn, given pictures so far and conditions (N, D); ``asked`` are places (N, 2), NaN where one is drawn."""
     place, light = None, generator.read_light(image)
     if generator.place_model is not None:
         place = generator.place_model(image.to(condition.dtype), condition, noise.uniform, light).float()
-        if any(asked is not None for asked in wanted):
-            told = torch.tensor([asked or (math.nan, math.nan) for asked in wanted], dtype=place.dtype).to(place.device)
-            place = torch.where(told.isnan(), place, told)
-    return generator(noise.z, condition, image, place, light), place
+        if asked is not None:
+            place = torch.where(asked.isnan(), place, asked)
+    drawn = generator(noise.z, condition, image, place, light)
+    return DrawnTurn(*round_turn(image, drawn, rest), place)
 
 
 def draw(
@@ -440,31 +487,31 @@ def best_turns(
     def draw_turn(
         pictures: range, turn: int, condition: Tensor, image: Tensor, rest: Tensor, wanted: Sequence[Place | None]
     ) -> DrawnTurn:
-        def draw_candidate(candidate: int, rows: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
+        def draw_candidate(candidate: int, rows: list[int]) -> tuple[DrawnTurn, Tensor]:
             chosen = [pictures[row] for row in rows]
             rngs = [_source_of_turn(generator, _candidate_seed(seeds[i], candidate), turn) for i in chosen]
             noise, asked = _turn_noise(generator, rngs), [wanted[row] for row in rows]
-            drawn, place = _draw_turn(generator, noise, condition[rows], image[rows], asked)
-            seen, _ = round_turn(image[rows], drawn, rest[rows])
-            _check_drawn(seen)
-            return drawn, place, exact_probability(seen, targets[turn][chosen])
+            drawn = _draw_turn(generator, noise, condition[rows], image[rows], rest[rows], asked)
+            _check_drawn(drawn.image)
+            return drawn, exact_probability(drawn.image, targets[turn][chosen])
 
-        drawn, place, score = draw_candidate(0, [*range(len(pictures))])
+        best, score = draw_candidate(0, [*range(len(pictures))])
         there = [row for row, i in enumerate(pictures) if turn < len(scenes[i])]
         for candidate in range(1, best_of):
             failed = [row for row in there if score[row] < GOOD_TURN]
             if not failed:
                 break
-            others, other_places, other_scores = draw_candidate(candidate, failed)
+            other, other_scores = draw_candidate(candidate, failed)
             for n, row in enumerate(failed):
                 draws[pictures[row]][turn] += 1
                 if other_scores[n] > score[row]:
-                    drawn[row], score[row] = others[n], other_scores[n]
-                    if place is not None and other_places is not None:
-                        place[row] = other_places[n]
+                    score[row] = other_scores[n]
+                    for kept, new in zip(best, other, strict=True):
+                        if kept is not None and new is not None:
+                            kept[row] = new[n]
         for row in there:
             scores[pictures[row]] = score[row].item()
-        return drawn, place
+        return best
 
     starts = _one_each(start, scenes)
     images, put = draw_turns(
@@ -504,7 +551,7 @@ def _stream_turns(
     steps = iterate_turns(generator, objects, [random_source(seed)], [asked or []], None)
     device = next(generator.parameters()).device
 
-    def draw_next() -> DrawnTurn:
+    def draw_next() -> tuple[Tensor, Tensor | None]:
         with torch.no_grad(), evaluating(generator), full_precision(device):
             image, place = next(steps)
         _check_drawn(image)

@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +36,21 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         settle(partial)
         os.replace(partial, path)
+
+
+def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files into a folder, which is made; all are complete before the first of them replaces an older one.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:  # on the disk of the folder
+        for name, content in contents.items():
+            (Path(temporary) / name).write_bytes(content)
+            settle(Path(temporary) / name)
+        for name in contents:
+            os.replace(Path(temporary) / name, folder / name)
 
 
 def settle(path: Path) -> None:

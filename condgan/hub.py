@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from condgan import __version__
 from condgan.building import Building
 from condgan.fields import config_from_json, some
-from condgan.files import check_utf8, settle
+from condgan.files import check_utf8, replace_files
 from condgan.remote import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, download, hub_errors
 from condgan.vocab import did_you_mean
 
@@ -164,19 +164,13 @@ class PretrainedModel(nn.Module):
         except RuntimeError as error:  # of a user who is not there
             raise CheckpointError(f"cannot save to {folder}: {error} Give a folder that you may write to.") from None
         contents = {
-            CONFIG_NAME: self._config_json(),
+            CONFIG_NAME: self.config_json(),
             WEIGHTS_NAME: safetensors.torch.save(_stored_tensors(self, dtype), {"format": "pt"}),
         }
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             if not (folder / CARD_NAME).exists():
                 contents[CARD_NAME] = self.model_card().encode()
-            with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:  # on the disk of the folder
-                for filename, content in contents.items():
-                    (Path(temporary) / filename).write_bytes(content)
-                    settle(Path(temporary) / filename)
-                for filename in contents:
-                    os.replace(Path(temporary) / filename, folder / filename)
+            replace_files(folder, contents)
         except OSError as error:
             raise CheckpointError(f"cannot save to {folder}: {error}. Give a folder that you may write to.") from error
         return folder
@@ -267,7 +261,7 @@ model = {name}.from_pretrained("{repo_id}")  # this repository, or the folder wi
 {rows}
 """
 
-    def _config_json(self) -> bytes:
+    def config_json(self) -> bytes:
         """Content of ``config.json``, checked to be readable again."""
         header = {"format_version": FORMAT_VERSION, "model_type": type(self).__name__, "condgan_version": __version__}
         text = f"{json.dumps(header | dataclasses.asdict(self.config), indent=2)}\n".encode()

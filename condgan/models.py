@@ -24,6 +24,7 @@ from condgan.functional import channels_last, crop, paste
 from condgan.hub import PretrainedModel
 from condgan.layers import NEGATIVE_SLOPE, ConditionProjector, DisBlock, GenBlock, normalised, weights_made_once
 from condgan.light import SceneLight
+from condgan.onnx import Sessions, compiled
 from condgan.parts import (
     ConditionRNN,
     NoiseMapping,
@@ -40,6 +41,9 @@ from condgan.precision import full_precision, is_coarse
 from condgan.requests import Place
 from condgan.results import Drawing, Turn
 from condgan.vocab import Vocabulary
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SHARED_BLOCKS = 3
 """Blocks of the discriminator that both pictures pass before their features are subtracted."""
@@ -140,17 +144,39 @@ class IterativeGenerator(PretrainedModel):
                 (config.window or config.image_size) - 2 * EDGE,
                 ANSWERS * len(set(self.vocabulary.shapes)),
             )
+        self.graphs: Sessions | None = None
+        """What draws single pictures instead; see :meth:`compile`."""
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what a scene takes most of its time for, each part when it is first used.
 
         That is the empty scene, the light, the place of an object and the turn; the RNN would save next to nothing.
         Arguments are those of :func:`torch.compile`.
+
+        ``backend="onnxruntime"``, alone, is for drawing single pictures on a CPU: ONNX Runtime does it, with one
+        thread, from graphs in which weights are constants (:mod:`condgan.onnx`; needs the extra ``onnx``). Batches are
+        drawn as before, and everything is again when the generator is moved or converted.
+
+        Raises:
+            ModuleNotFoundError: a package of the extra ``onnx`` is not installed.
+            ValueError: the generator is not in float32 on the CPU, and ONNX Runtime is to draw.
         """
+        if not args and kwargs == {"backend": "onnxruntime"}:
+            self.graphs = compiled(self)
+            return
         super().compile(*args, **kwargs)
         for part in (self.canvas, self.light, self.place_model):
             if part is not None:
                 part.compile(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.graphs = None  # of the weights as they were
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs, which belong to this process."""
+        return {**super().__getstate__(), "graphs": None}  # type: ignore[no-untyped-call]
 
     @property
     def image_size(self) -> int:

@@ -42,10 +42,10 @@ def autocast(device: torch.device | str, enabled: bool = True) -> AbstractContex
 
 def full_precision(device: torch.device | str) -> AbstractContextManager[None]:
     """Operations run in the precision of their inputs inside this context, whatever autocast is around it."""
-    device = torch.device(device)
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    kind = torch.device(device).type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()  # an exported graph then has nothing of it
+    return torch.autocast(kind, enabled=False)
 
 
 def widest_float(device: torch.device | str) -> torch.dtype:

@@ -35,7 +35,7 @@ from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.presets import PRESETS, TrainConfig
 from condgan.training import TrainingDiverged
 
-COMMANDS = ("generate", "add", "info", "list", "prepare", "train", "evaluate")
+COMMANDS = ("generate", "add", "info", "list", "prepare", "train", "evaluate", "export")
 SCENE = ["red cube", "blue sphere"]
 
 
