@@ -86,7 +86,9 @@ class Canvas(nn.Module):
 
     def in_light(self, scores: Tensor, grain: Tensor) -> Tensor:
         """Empty scenes (N, 3, H, W) with so much of each component, (N, K), such as :meth:`estimate_light` finds."""
-        lit = self.mean + torch.einsum("nk,kchw->nchw", scores, self.components)
+        lit = self.mean
+        if self.flow is not None:
+            lit = lit + torch.einsum("nk,kchw->nchw", scores, self.components)
         return (lit + self._coloured(grain)).clamp(-1, 1)
 
     def extra_repr(self) -> str:

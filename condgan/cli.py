@@ -506,7 +506,7 @@ def _export(args: argparse.Namespace) -> Report:
     from condgan.models import IterativeGenerator
 
     name = args.model or IterativeGenerator.default_pretrained
-    found = export(IterativeGenerator.from_pretrained(args.model), args.out)
+    found = export(IterativeGenerator.from_pretrained(args.model), args.out, progress=sys.stderr.isatty())
     files = [f"  {file}, {size / 1e6:.1f} MB" for file, size in found.files.items()]
     return Report(
         {

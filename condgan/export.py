@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from condgan import __version__
 from condgan.files import replace_files
@@ -31,7 +33,7 @@ class Export(NamedTuple):
     """How far a picture of the graphs was from PyTorch's at most, in 256 levels; 1 where rounding went another way."""
 
 
-def export(generator: IterativeGenerator, folder: str | Path) -> Export:
+def export(generator: IterativeGenerator, folder: str | Path, *, progress: bool = False) -> Export:
     """Write a generator as ONNX files, for programs without PyTorch, and its config and a README with an example.
 
     The graphs are run beside the generator first, on two pictures each. A ``README.md`` that is there stays.
@@ -39,6 +41,7 @@ def export(generator: IterativeGenerator, folder: str | Path) -> Export:
     Args:
         generator: left as it is; the files are in float32 whatever it is in.
         folder: made if it is not there.
+        progress: show a progress bar on stderr.
 
     Raises:
         ModuleNotFoundError: a package of the extra ``onnx`` is not installed.
@@ -49,7 +52,8 @@ def export(generator: IterativeGenerator, folder: str | Path) -> Export:
     folder.mkdir(parents=True, exist_ok=True)  # nobody wants to hear after a minute that it cannot be made
     generator = plain_copy(generator)
     graphs = graphs_of(generator)
-    contents = {name: export_graph(graph) for name, graph in graphs.items()}
+    bar = tqdm(graphs.items(), desc="exporting", unit="graph", file=sys.stderr, disable=not progress)
+    contents = {name: export_graph(graph) for name, graph in bar}
     levels = _compare(generator, graphs, Sessions(contents))
     files = {CONFIG_NAME: generator.config_json(), **{f"{name}.onnx": content for name, content in contents.items()}}
     if not (folder / CARD_NAME).exists():

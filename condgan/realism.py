@@ -81,6 +81,7 @@ def told_apart(
     held_out_drawn: Tensor,
     seeds: int = 5,
     epochs: int = EPOCHS,
+    scene_size: int = 1,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> ToldApart:
@@ -104,16 +105,17 @@ def told_apart(
         held_out_drawn: likewise, as many.
         seeds: classifiers; number i starts from seed i.
         epochs: how often a classifier sees each picture.
+        scene_size: so many held-out pictures in a row are of one scene: they are not independent.
         device: where the classifiers are trained.
         progress: show a progress bar on stderr.
 
     Returns:
-        :class:`ToldApart`. Its interval resamples held-out pictures and seeds, both at once.
+        :class:`ToldApart`. Its interval resamples held-out scenes and seeds, both at once.
 
     Raises:
         TypeError: pictures are not uint8.
-        ValueError: pictures are not (N, 3, H, W), all of one size, and as many drawn as real; or ``seeds`` or
-            ``epochs`` is less than 1.
+        ValueError: pictures are not (N, 3, H, W), all of one size, and as many drawn as real; ``seeds``, ``epochs`` or
+            ``scene_size`` is less than 1; or the held-out pictures are no whole number of scenes.
 
     Source: the classifier two-sample test of Lopez-Paz and Oquab 2017, arXiv:1610.06545; the interval is the pigeonhole
     bootstrap of Owen 2007, Annals of Applied Statistics 1(2).
@@ -126,6 +128,8 @@ def told_apart(
             f"{tuple(held_out_real.shape)}"
         )
     seeds, epochs = parse_whole("seeds", seeds, 1), parse_whole("epochs", epochs, 1)
+    if len(held_out_real) % parse_whole("scene_size", scene_size, 1):
+        raise ValueError(f"scene_size: {len(held_out_real)} held-out pictures are no whole scenes of {scene_size}")
     from tqdm import tqdm
 
     device = torch.device(device)
@@ -140,7 +144,7 @@ def told_apart(
     return ToldApart(
         rate=float(right.mean()),
         rates=tuple(right.mean((1, 2)).tolist()),
-        rate_ci95=_interval(right),
+        rate_ci95=_interval(right.unflatten(2, (-1, scene_size)).mean(3)),
         training_pictures=len(real),
         held_out_pictures=len(held_out_real),
         real_scores=real_scores,
@@ -226,13 +230,13 @@ def _images(pictures: Tensor, device: torch.device) -> Tensor:
 
 
 def _interval(right: Tensor) -> tuple[float, float]:
-    """95 % interval of the mean of (seeds, 2, N) float64, by resampling seeds, and the pictures of each kind.
+    """95 % interval of the mean of (seeds, 2, N) float64, by resampling seeds, and the N scenes of each kind.
 
-    Where all are right, or none, all resamples are alike: then it is that of a share, over pictures.
+    Where all are right, or none, all resamples are alike: then it is that of a share, over scenes.
     """
     if right.min() == right.max():
-        of_pictures = right.flatten(1).T
-        return share_interval(of_pictures, torch.ones_like(of_pictures))
+        of_scenes = right.flatten(1).T
+        return share_interval(of_scenes, torch.ones_like(of_scenes))
     rng = torch.Generator().manual_seed(0)
 
     def times(count: int) -> Tensor:  # how often each of ``count`` is taken: (RESAMPLES, count)
@@ -241,9 +245,9 @@ def _interval(right: Tensor) -> tuple[float, float]:
             1, taken, torch.ones_like(taken, dtype=right.dtype)
         )
 
-    seeds, kinds, pictures = right.shape
+    seeds, kinds, scenes = right.shape
     of_seeds = times(seeds)
-    num_right = [((of_seeds @ right[:, kind]) * times(pictures)).sum(1) for kind in range(kinds)]  # (RESAMPLES,) each
+    num_right = [((of_seeds @ right[:, kind]) * times(scenes)).sum(1) for kind in range(kinds)]  # (RESAMPLES,) each
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = (torch.stack(num_right).sum(0) / right.numel()).quantile(ends).tolist()
     return low, high

@@ -68,12 +68,18 @@ def main() -> None:
     learned, tested = ([x[part].flatten(0, 1) for x in sets] for part in (slice(n, None), slice(n)))
     with torch.enable_grad():
         found = told_apart(
-            *learned, held_out_real=tested[0], held_out_drawn=tested[1], seeds=args.seeds, epochs=args.epochs
+            *learned,
+            held_out_real=tested[0],
+            held_out_drawn=tested[1],
+            seeds=args.seeds,
+            epochs=args.epochs,
+            scene_size=turns,
         )
     scores = [x.view(n, turns) for x in (found.real_scores, found.drawn_scores)]
     areas = [area_under_curve(*(x[:, turn] for x in scores)) for turn in range(turns)]
     rates = ", ".join(f"{rate:.3f}" for rate in found.rates)
-    print(f"right about {found.rate:.3f} of {2 * found.held_out_pictures} squares (seeds {rates})")
+    low, high = found.rate_ci95
+    print(f"right about {found.rate:.3f} ({low:.3f} to {high:.3f}) of {2 * n * turns} squares (seeds {rates})")
     print("area under the curve, mean scores of all seeds, turn by turn: " + ", ".join(f"{x:.3f}" for x in areas))
 
 

@@ -186,6 +186,8 @@ def test_progress_is_on_stderr_and_can_be_silent(capsys: pytest.CaptureFixture[s
         ({"seeds": 1.0}, TypeError, "seeds must be a whole number, got 1.0"),
         ({"seeds": 0}, ValueError, "seeds must be between 1 and .*, got 0"),
         ({"epochs": 0}, ValueError, "epochs must be between 1 and .*, got 0"),
+        ({"scene_size": 0}, ValueError, "scene_size must be between 1 and .*, got 0"),
+        ({"scene_size": 3}, ValueError, "scene_size: 4 held-out pictures are no whole scenes of 3"),
     ],
 )
 def test_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -209,6 +211,22 @@ def test_interval_of_one_seed_is_that_of_a_share() -> None:
     half_width = 1.96 * math.sqrt(0.6 * 0.4 / 2000)
     assert low == pytest.approx(0.6 - half_width, abs=0.004)
     assert high == pytest.approx(0.6 + half_width, abs=0.004)
+
+
+def test_interval_takes_the_pictures_of_a_scene_together() -> None:
+    real, drawn = noise(96, 0), noise(96, 1, mean=122)
+    learned, tested = (real[:64], drawn[:64]), (real[64:], drawn[64:])
+
+    def told(times: int, scene_size: int) -> ToldApart:
+        held_out = [x.repeat_interleave(times, 0) for x in tested]
+        options = {"seeds": 2, "epochs": 2, "scene_size": scene_size, "progress": False}
+        return told_apart(*learned, held_out_real=held_out[0], held_out_drawn=held_out[1], **options)
+
+    once, together, apart = told(1, 1), told(4, 4), told(4, 1)
+    assert 0.5 < once.rate == together.rate == apart.rate < 1
+    assert together.rate_ci95 == pytest.approx(once.rate_ci95)
+    widths = [high - low for low, high in (once.rate_ci95, apart.rate_ci95)]
+    assert widths[1] < 0.9 * widths[0], "equal pictures say no more than one"
 
 
 def test_interval_has_a_width_where_all_are_right_or_none() -> None:
