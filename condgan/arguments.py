@@ -311,8 +311,8 @@ def _export(commands: Any) -> None:
 
         As three ONNX graphs in a folder: the empty scene, the RNN and one turn, beside
         config.json and a README with a program that draws with them. They are compared with
-        the generator first. Takes up to a minute; needs the packages
-        onnx, onnxscript and onnxruntime.
+        the generator first. Takes up to a minute; needs the packages onnx, onnxscript and
+        onnxruntime.
         """,
         """
         condgan export --format onnx --out exported

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ from condgan.files import replace_files
 from condgan.hub import CARD_NAME
 from condgan.images import LEVEL
 from condgan.models import IterativeGenerator
-from condgan.onnx import OPSET, Graph, Sessions, export_graph, graphs_of, plain_copy
-from condgan.remote import CONFIG_NAME
+from condgan.onnx import OPSET, Graph, Sessions, export_graph, graphs_of, need_packages, plain_copy
+from condgan.remote import CONFIG_NAME, WEIGHTS_NAME
 
 TOLERANCE = 1e-3
 """How far outputs of graphs may be from PyTorch's, pictures aside: places in pixels, conditions as they are."""
@@ -47,8 +48,12 @@ def export(generator: IterativeGenerator, folder: str | Path, *, progress: bool 
         ModuleNotFoundError: a package of the extra ``onnx`` is not installed.
         OSError: the folder cannot be written.
         RuntimeError: the graphs do not draw what the generator draws.
+        ValueError: the folder has a checkpoint, whose config would be replaced.
     """
+    need_packages()
     folder = Path(folder).expanduser()
+    if (folder / WEIGHTS_NAME).exists():
+        raise ValueError(f"{folder} has a checkpoint in it: give another folder, such as {folder / 'onnx'}")
     folder.mkdir(parents=True, exist_ok=True)  # nobody wants to hear after a minute that it cannot be made
     generator = plain_copy(generator)
     graphs = graphs_of(generator)
@@ -109,14 +114,16 @@ def _readme(graphs: Mapping[str, Graph], objects: Sequence[str]) -> str:
     )
     random = {"uniform": "rng.random((1, 3), dtype=np.float32)", "at": "np.full((1, 2), np.nan, np.float32)"}
 
-    def given(name: str) -> str:
-        """What the program gives a graph."""
+    def given(name: str, indent: int = 0) -> str:
+        """What the program gives a graph, line by line if indented."""
         inputs = graphs[name].inputs
         values = {
             key: f"normal({', '.join(map(str, shape))})" if key in ("grain", "light", "z") else random.get(key, key)
             for key, shape in inputs.items()
         }
-        return "{" + ", ".join(f'"{key}": {value}' for key, value in values.items()) + "}"
+        items = [f'"{key}": {value}' for key, value in values.items()]
+        margin = "\n" + " " * indent
+        return f"{{{margin}    {f',{margin}    '.join(items)},{margin}}}" if indent else f"{{{', '.join(items)}}}"
 
     return f"""# Graphs of a condgan generator
 
@@ -150,10 +157,10 @@ def normal(*shape):
 
 image, rest = empty.run(None, {given("empty")})
 hidden = np.zeros((1, {graphs["encoder"].inputs["hidden"][0]}), np.float32)
-for name in {[*objects]}:
+for name in {json.dumps(objects)}:
     objects = np.eye(len(names), dtype=np.float32)[[names.index(name)]]
     condition, hidden = encoder.run(None, {given("encoder")})
-    image, rest, *place = turn.run(None, {given("turn")})
+    image, rest, *place = turn.run(None, {given("turn", 4)})
 pixels = ((image[0].transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8)
 Image.fromarray(pixels).save("scene.png")
 ```

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from condgan.configs import GeneratorConfig
 from condgan.drawing import DrawnTurn, SceneModel, TurnNoise, empty_scene, turn_of
 
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 OPSET = 20
 INT32, INT64 = 6, 7
 """Numbers that ONNX has for types."""
@@ -99,12 +100,7 @@ def graphs_of(generator: GraphModel) -> dict[str, Graph]:
 
 
 def export_graph(graph: Graph) -> bytes:
-    """The bytes of an ONNX file, for any N.
-
-    Raises:
-        ModuleNotFoundError: a package of the extra ``onnx`` is not installed.
-    """
-    _need("onnx", "onnxscript")
+    """The bytes of an ONNX file, for any N; needs the extra ``onnx`` (:func:`need_packages`)."""
     import onnxscript.optimizer
 
     two = tuple(torch.zeros(2, *shape) for shape in graph.inputs.values())
@@ -178,9 +174,9 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _need(*packages: str) -> None:
-    """Refuse to go on without packages of the extra ``onnx``."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+def need_packages() -> None:
+    """Raise a ModuleNotFoundError unless the packages of the extra ``onnx`` are there."""
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise ModuleNotFoundError(f"ONNX graphs need packages that are not there: pip install {' '.join(missing)}")
 
@@ -193,13 +189,9 @@ class Sessions:
 
     Args:
         contents: graphs by their names in :func:`graphs_of`, as :func:`export_graph` gives them.
-
-    Raises:
-        ModuleNotFoundError: onnxruntime is not installed.
     """
 
     def __init__(self, contents: Mapping[str, bytes]) -> None:
-        _need("onnxruntime")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -242,6 +234,7 @@ def compiled(generator: GraphModel) -> Sessions:
             f'backend="onnxruntime" is for generators in float32 on the CPU, this one is {weight.dtype} on '
             f"{weight.device}: compile it before it is moved or converted, or leave the backend out"
         )
+    need_packages()
     graphs = graphs_of(plain_copy(generator))
     return Sessions({name: export_graph(graphs[name]) for name in ("empty", "turn")})
 

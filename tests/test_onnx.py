@@ -114,13 +114,18 @@ def test_a_missing_package_is_named(
 ) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
-    monkeypatch.setattr("condgan.onnx.export_graph", export_graph)
-    if missing == "onnxruntime":
-        with pytest.raises(ModuleNotFoundError, match=f"pip install {missing}"):
-            Sessions({})
-        return
+    with pytest.raises(ModuleNotFoundError, match=f"pip install {missing}$"):
+        lively_generator(SMALL).compile(backend="onnxruntime")
     assert cli.main(["export", "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.strip().endswith(f"pip install {missing}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_not_written_over(tmp_path: Path) -> None:
+    folder = lively_generator(SMALL).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="has a checkpoint in it: give another folder"):
+        export.export(lively_generator(REFERENCE), folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 @slow
