@@ -112,7 +112,7 @@ def train(
                     _own_folder(out, held)
                     _warn_of_small_windows(dataset, config)
                 config = _with_light_of(dataset, config, told=ranks.leads)
-                own_parts(config.batch_scenes, ranks, accumulate)  # refuses what is wrong before the canvas is fitted
+                _check_parts(config, ranks, accumulate)  # before the canvas is fitted
                 verifier = _verifier(config, ranks.device)
                 digests = learned_from(dataset, verifier)
                 trainer = _ready_trainer(
@@ -295,6 +295,19 @@ def _verifier(config: TrainConfig, device: torch.device) -> SceneClassifier | No
             "training it cannot judge; name another classifier, such as 'verifier'"
         )
     return verifier.to(device).eval()
+
+
+def _check_parts(config: TrainConfig, ranks: Ranks, accumulate: int) -> None:
+    """Refuse steps of too few scenes for so many ranks and parts, or for what normalises over the pictures of a part.
+
+    That is the noise encoder; all ranks do it together.
+    """
+    smallest = min(part.size for part in own_parts(config.batch_scenes, ranks, accumulate))
+    if config.noise_encoder is not None and ranks.count * smallest * config.generator.num_turns == 1:
+        raise ValueError(
+            f"batch_scenes is {config.batch_scenes}, too few: the noise encoder normalises over pictures that pass at "
+            "once, of which there must be two; take more scenes a step, or fewer parts"
+        )
 
 
 def _check_data(dataset: SceneDataset, config: TrainConfig) -> None:

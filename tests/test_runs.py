@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -35,6 +36,7 @@ from condgan.files import file_sha256
 from condgan.models import NoiseEncoder
 from condgan.prepare import prepare
 from condgan.presets import PRESETS, with_fields
+from condgan.ranks import ALONE, Ranks
 from condgan.runs import train
 from condgan.training import Trainer, TrainingDiverged
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
@@ -259,6 +261,21 @@ def test_what_is_wrong_is_refused_before_the_light_is_learned(
     config = dataclasses.replace(RUN, **changes)
     with pytest.raises((ValueError, TypeError, OSError), match=message):
         train(data, tmp_path, config, device="cpu", progress=False, **options)
+
+
+@pytest.mark.parametrize(("scenes", "accumulate", "fits"), [(1, 1, False), (3, 2, False), (2, 1, True), (4, 2, True)])
+def test_a_single_picture_cannot_be_normalised(scenes: int, accumulate: int, fits: bool) -> None:
+    config = dataclasses.replace(RUN, batch_scenes=scenes, generator=dataclasses.replace(RUN.generator, num_turns=1))
+    with (
+        contextlib.nullcontext()
+        if fits
+        else pytest.raises(ValueError, match=r"^batch_scenes is \d, too few: the noise")
+    ):
+        runs._check_parts(config, ALONE, accumulate)
+    one_turn = dataclasses.replace(PRESETS["reference"].generator, num_turns=1)
+    without = dataclasses.replace(PRESETS["reference"], batch_scenes=scenes, generator=one_turn)
+    runs._check_parts(without, ALONE, accumulate)
+    runs._check_parts(dataclasses.replace(config, batch_scenes=2), Ranks(0, 2), 1)
 
 
 def test_a_run_leaves_a_model_a_log_and_pictures(data: Path, tmp_path: Path) -> None:
