@@ -42,7 +42,7 @@ def _rows(rounds: int) -> Iterator[Row]:
         print(peer.MISSING, flush=True)
         return
     parameters = sum(p.numel() for p in generators["as it is"].parameters())
-    for runtime in ("as it is", "compiled", "ONNX Runtime"):
+    for runtime in generators:
         cases[f"diffusion, {runtime}"], _ = peer.diffusion(parameters, runtime=runtime)
     times = interleaved(cases, max(3, rounds // 3), IN_A_ROW)
     for theirs in generators:
