@@ -61,11 +61,12 @@ def test_a_killed_run_goes_on_to_the_very_same_numbers(data: Path, tmp_path: Pat
         "from tiny import RUN, shorten_fits\n"
         "shorten_fits()\n"
         "config = dataclasses.replace(RUN, images=360, reconstruction_images=90)\n"
-        "runs.train(sys.argv[1], sys.argv[2], config, device='cpu', checkpoint_seconds=1, progress=False)\n"
+        "seconds = float(sys.argv[3])\n"
+        "runs.train(sys.argv[1], sys.argv[2], config, device='cpu', checkpoint_seconds=seconds, progress=False)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, str(script), str(data), str(tmp_path / "killed")]
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen([*command, "1"], env=environment)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / CHECKPOINT).exists():
         assert process.poll() is None, "the run ended before it could be killed"
@@ -76,7 +77,7 @@ def test_a_killed_run_goes_on_to_the_very_same_numbers(data: Path, tmp_path: Pat
     with safe_open(tmp_path / "killed" / CHECKPOINT, "pt") as file:
         reached = json.loads(file.metadata()["counters"])["images"]
     assert 0 < reached < config.images
-    assert subprocess.run(command, env=environment).returncode == 0
+    assert subprocess.run([*command, "600"], env=environment).returncode == 0
     train(data, tmp_path / "whole", config, device="cpu", progress=False)
 
     killed, whole = tensors(tmp_path / "killed"), tensors(tmp_path / "whole")

@@ -54,7 +54,8 @@ RUN = TrainConfig(
 
 def shorten_fits(assign: Callable[[object, str, object], None] = setattr) -> None:
     """What a run fits before its first step and after its last would take longer than the runs of tests."""
-    assign(flow, "EPOCHS", 12)
+    assign(flow, "EPOCHS", 3)
+    assign(flow, "ARRIVALS", 1024)
     assign(calibration, "PLACE_EPOCHS", 1)
     assign(calibration, "MAPPING_EPOCHS", 2)
     assign(calibration, "RECALIBRATION_BATCHES", 1)
