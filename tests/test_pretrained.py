@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import socket
 import subprocess
@@ -37,7 +38,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_shipped_names_load_by_name() -> None:
-    assert condgan.list_pretrained() == ["iclevr-64"]
+    assert condgan.list_pretrained() == ["iclevr-64", "iclevr-64-reference-narrow"]
     assert condgan.list_pretrained("SceneClassifier") == ["judge", "verifier"]
     assert not IterativeGenerator.from_pretrained("iclevr-64").training
     verifier, judge = SceneClassifier.from_pretrained(), SceneClassifier.from_pretrained("judge")
@@ -67,9 +68,11 @@ def test_the_shipped_generator_draws_a_picture_again_from_the_code_that_is_found
 def test_sizes_are_those_of_a_small_package() -> None:
     size = {file.parent.name: file.stat().st_size for file in SHIPPED.glob("*/model.safetensors")}
     assert size["iclevr-64"] < 15e6
+    assert size["iclevr-64-reference-narrow"] < 3e6
     assert size["verifier"] < 5e6
     assert size["judge"] < 5e6
-    assert sum(size.values()) < 25e6
+    assert size["iclevr-64"] + size["verifier"] + size["judge"] < 20e6
+    assert sum(size.values()) < 27e6
 
 
 @pytest.mark.parametrize("name", [folder.name for folder in sorted(SHIPPED.iterdir())])
@@ -91,6 +94,17 @@ def test_the_default_model_draws_what_it_is_asked_for(generator: IterativeGenera
     assert multilabel_accuracy(logits, asked) > 0.96
     assert exact_set(logits, asked).float().mean() > 0.88
     assert multilabel_accuracy(logits, asked.roll(1, 0)) < 0.5  # the measure can fail
+
+
+def test_the_reference_that_ships_is_that_of_its_preset_and_knows_a_little() -> None:
+    baseline, preset = IterativeGenerator.from_pretrained("iclevr-64-reference-narrow"), PRESETS["reference-code"]
+    assert baseline.config == dataclasses.replace(preset.generator, width=4)
+    rng = random.Random(0)
+    scenes = [rng.sample(ICLEVR_OBJECTS, 1 + i % 3) for i in range(60)]
+    images = draw_turns(baseline, scenes, range(60)).images[:, -1]
+    asked = torch.stack([baseline.vocabulary.multi_hot(scene) for scene in scenes])
+    logits = SceneClassifier.from_pretrained().probabilities(images).logit(1e-6)
+    assert multilabel_accuracy(logits, asked) > 2 * multilabel_accuracy(logits, asked.roll(1, 0))
 
 
 def test_the_same_picture_alone_in_a_batch_and_in_reversed_order(generator: IterativeGenerator) -> None:
