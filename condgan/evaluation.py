@@ -24,7 +24,7 @@ from condgan.counter import ObjectCounter
 from condgan.datasets import read_conditions
 from condgan.devices import cpu_by_default
 from condgan.drawing import Redraw, SceneModel, parse_best_of
-from condgan.features import copy_distances, fit_scale, picture_features
+from condgan.features import copy_distances
 from condgan.functional import encode_objects
 from condgan.images import from_uint8
 from condgan.layout import compare_layouts
@@ -41,6 +41,7 @@ from condgan.measures import (
     real_diversity,
     retention,
     rightness,
+    scene_features,
     scene_layout,
     surroundings,
 )
@@ -51,8 +52,6 @@ from condgan.vocab import Vocabulary
 
 BLANK_PICTURES = 256
 """Most pictures of the blank control, where it needs no more."""
-SCALE_SCENES = 1000
-"""Training scenes from which the scale of features is taken."""
 ONE = Score(1.0, None, 0)
 """What a ratio to real pictures is of real pictures."""
 
@@ -342,11 +341,7 @@ def _measure_looks(
         "validation": real_validation.pictures[:count, 1:],
         "blank": for_validation.pictures[:count, :1].expand(-1, turns, -1, -1, -1),
     }
-    scale = fit_scale(picture_features(real.training[:SCALE_SCENES].flatten(0, 1)))
-    features = {
-        name: scale.standardise(picture_features(x.flatten(0, 1))).unflatten(0, (count, turns))
-        for name, x in pictures.items()
-    }
+    features = scene_features(pictures, real.training)
     of_drawn, of_real, of_blank = (
         looks(features[name], features["test"], intervals=name == "drawn") for name in ("drawn", "validation", "blank")
     )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from condgan import metrics
+from condgan.features import fit_scale, picture_features
 from condgan.functional import place_of_change
 from condgan.images import from_uint8
 from condgan.layout import Layout, measure_layout
@@ -24,6 +25,8 @@ from condgan.vocab import Vocabulary
 
 CHUNK = 256
 """Scenes that are turned to floating point at once."""
+SCALE_SCENES = 1000
+"""Training scenes from which the scale of features is taken."""
 NEIGHBOURS = 5
 """A neighbourhood of features reaches to this nearest picture of the same kind."""
 
@@ -297,6 +300,23 @@ def _aims(sizes: Tensor, of_lists: dict[int, Tensor], resamples: int = 2000) -> 
         means += totals / pairs * (sizes == size).double().mean()
     unsure = _middle_95(means) if all(len(of_lists[size]) > 1 for size in sizes.tolist()) else None
     return aims, Score(float(aims.mean()), unsure, len(aims))
+
+
+def scene_features(pictures: Mapping[str, Tensor], training: Tensor) -> dict[str, Tensor]:
+    """What :func:`looks` compares, of several sets of scenes.
+
+    Args:
+        pictures: (S, T, 3, H, W) uint8 each, the pictures after each turn.
+        training: (R, T, 3, H, W) uint8, real ones, the first :data:`SCALE_SCENES` of which set the scale.
+
+    Returns:
+        (S, T, D) float32 each.
+    """
+    scale = fit_scale(picture_features(training[:SCALE_SCENES].flatten(0, 1)))
+    return {
+        name: scale.standardise(picture_features(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+        for name, x in pictures.items()
+    }
 
 
 def looks(drawn: Tensor, real: Tensor, *, intervals: bool = True) -> dict[str, Score]:

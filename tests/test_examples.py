@@ -15,7 +15,7 @@ import pytest
 import torch
 from reference import randomise
 from scenes import write_iclevr_layout
-from tiny import COMPACT, lively_generator
+from tiny import COMPACT, REFERENCE, lively_generator
 from torch import Tensor
 
 from condgan import (
@@ -216,6 +216,30 @@ def test_crops_tests_on_fewer_scenes_than_there_are(
         run(monkeypatch, "crops.py", "--data", data, "--model", tmp_path / "model", "--held-out", count)
     expected = f"--held-out must be from 1 to one less than the {count} scenes, got {count}"
     assert expected in capsys.readouterr().err
+
+
+def test_looks_puts_real_pictures_first_and_measures_as_evaluate_does(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = lively_generator(COMPACT).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "looks.py", folder, "--data", data)
+    assert "three scenes of each split are needed at least" in capsys.readouterr().err
+    more = write_iclevr_layout(tmp_path / "more", num_scenes=80, image_size=(64, 64))
+    prepare(more, progress=False)
+    run(monkeypatch, "looks.py", folder, "--data", more)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    names = [name.removeprefix("| ") for name, *_ in rows]
+    assert names == ["other real pictures", "the same, blurred by 0.5 pixels", str(folder), "empty scenes"]
+    real, blurred, drawn, empty = (float(frechet.split()[0]) for _, frechet, _ in rows)
+    assert real < blurred < min(drawn, empty), "an untrained generator"
+    generator = IterativeGenerator.from_pretrained(folder)
+    report = evaluation.evaluate(generator, [["red cube"]], draws=1, data=more, progress=False)
+    assert real == pytest.approx(report.measures["frechet_distance"].real, abs=0.01)
+    small = IterativeGenerator(dataclasses.replace(REFERENCE, image_size=32)).save_pretrained(tmp_path / "small")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "looks.py", folder, small, "--data", more)
+    assert "all models must draw pictures of one size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("example", ["average.py", "turns.py"])
