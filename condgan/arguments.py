@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"condgan {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add_command in (_generate, _add, _info, _list, _prepare, _train, _evaluate, _export):
+    for add_command in (_generate, _add, _info, _list, _render, _prepare, _train, _evaluate, _export):
         add_command(commands)
     return parser
 
@@ -166,6 +166,37 @@ def _list(commands: Any) -> None:
         """,
     )
     command.add_argument("--all", action="store_true", help="every other kind of model too, and what each is")
+
+
+def _render(commands: Any) -> None:
+    command = _command(
+        commands,
+        "render",
+        """
+        Render a data set in the look and the layout of i-CLEVR.
+
+        For who has no i-CLEVR at hand: OUT_DIR gets images/, train.json, objects.json,
+        test.json and new_test.json. Every scene has three turns; scene number i depends on
+        the seed and i only, so the same command with more scenes, or after an
+        interruption, goes on. Needs Mitsuba: pip install mitsuba
+        """,
+        """
+        condgan render scenes --scenes 500 --seed 0
+        condgan prepare scenes
+        condgan train --data scenes --out run
+        """,
+    )
+    command.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to write")
+    command.add_argument("--scenes", type=_count, default=500, metavar="N", help="how many scenes (default: 500)")
+    command.add_argument("--seed", type=_seed, default=0, metavar="N", help="of all scenes (default: 0)")
+    command.add_argument(
+        "--height",
+        type=_count,
+        default=240,
+        metavar="PIXELS",
+        help="of the pictures, which are 4/3 as wide (default: 240, as i-CLEVR's)",
+    )
+    command.set_defaults(after_interrupt=": run the same command again to go on")
 
 
 def _prepare(commands: Any) -> None:

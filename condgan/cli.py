@@ -348,6 +348,13 @@ def _list(args: argparse.Namespace) -> Report:
     return Report({"models": models, "default": classes["IterativeGenerator"].default_pretrained}, "\n".join(lines))
 
 
+def _render(args: argparse.Namespace) -> Report:
+    from condgan.render import render_dataset
+
+    report = render_dataset(args.out, args.scenes, args.seed, height=args.height, progress=sys.stderr.isatty())
+    return Report(dataclasses.asdict(report), report.summary())
+
+
 def _prepare(args: argparse.Namespace) -> Report:
     from condgan.prepare import prepare
 
@@ -547,6 +554,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "add": _add,
     "info": _info,
     "list": _list,
+    "render": _render,
     "prepare": _prepare,
     "train": _train,
     "evaluate": _evaluate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import tempfile
 import warnings
@@ -91,6 +92,56 @@ def locked(path: Path, waiting: str | None = None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def claim(out: Path, name: str, description: Mapping[str, object], strangers: str) -> None:
+    """Say in a folder what it will hold, so that what belongs to something else never gets into it.
+
+    Args:
+        out: the folder, which is made.
+        name: of the JSON file that says it.
+        description: what it says.
+        strangers: a pattern of files that may not be there before that file is.
+
+    Raises:
+        OSError: the folder cannot be made, or the file written.
+        ValueError: the folder holds something else.
+    """
+    file = out / name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            for found in out.glob(strangers):
+                raise ValueError(
+                    f"out: {str(out)!r} holds {found.name}, but no {name} that says what it is: choose another folder, "
+                    "or empty this one"
+                )
+            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as folder:
+                partial = Path(folder) / name
+                partial.write_text(json.dumps(description, indent=2) + "\n")
+                _put_first(partial, file)
+    except OSError as error:
+        raise OSError(f"out: cannot write {str(file)!r} ({error.strerror}): choose another folder") from None
+    try:
+        known = json.loads(file.read_bytes())
+        differing = [key for key in description if known[key] != description[key]]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"out: {str(file)!r} does not describe a set: choose another folder, or remove this folder"
+        ) from None
+    if differing:
+        changes = ", ".join(f"{key} was {known[key]!r} and is {description[key]!r}" for key in differing)
+        raise ValueError(f"out: {str(out)!r} holds another set: {changes}; choose another folder")
+
+
+def _put_first(partial: Path, file: Path) -> None:
+    """Give a file its name unless another process was first, of this set or of another."""
+    try:
+        os.link(partial, file)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(partial, file)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -7,10 +7,8 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import shutil
 import tarfile
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from condgan.drawing import Redraw, parse_batch_size, parse_best_of, pictures_at_once
-from condgan.files import file_sha256, replacing
+from condgan.files import claim, file_sha256, replacing
 from condgan.models import IterativeGenerator
 from condgan.requests import MAX_SEED, Place, TooManyObjectsWarning, parse_request, parse_whole
 from condgan.results import Drawing
@@ -129,7 +127,7 @@ def draw_set(
         raise ValueError(f'{str(source)!r} has no lines: write one scene a line, such as ["red cube"]')
     description = {"pictures": total, "list": file_sha256(source), "model": _digest_of_model(generator)}
     description |= {"num_images": num_images, "seed": seed, "best_of": best_of, "redraw": redraw}
-    _claim(out, description | {"batch_size": batch_size, "shard_size": shard_size})
+    claim(out, DESCRIPTION, description | {"batch_size": batch_size, "shard_size": shard_size}, strangers="*.tar")
     _remove_abandoned(out)
     at_once = pictures_at_once(generator, batch_size)
     together = max(CHUNK // at_once, 1) * at_once
@@ -300,50 +298,6 @@ def _new_tar(path: Path) -> Iterator[tarfile.TarFile]:
             f"out: cannot write {str(path)!r} ({error.strerror or error}): make room and run the same again, which "
             "goes on after the tar files that are there"
         ) from error
-
-
-def _claim(out: Path, description: dict[str, object]) -> None:
-    """Say in a folder what it will hold.
-
-    Raises:
-        OSError: it cannot be written.
-        ValueError: it holds something else.
-    """
-    file = out / DESCRIPTION
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            if any(out.glob("*.tar")):
-                raise ValueError(
-                    f"out: {str(out)!r} holds tar files, but no {DESCRIPTION} that says what they are: choose another "
-                    "folder, or empty this one"
-                )
-            with tempfile.TemporaryDirectory(prefix=f".{DESCRIPTION}-", dir=out) as folder:
-                partial = Path(folder) / DESCRIPTION
-                partial.write_text(json.dumps(description, indent=2) + "\n")
-                _put_first(partial, file)
-    except OSError as error:
-        raise OSError(f"out: cannot write {str(file)!r} ({error.strerror}): choose another folder") from None
-    try:
-        found = json.loads(file.read_bytes())
-        differing = [name for name in description if found[name] != description[name]]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"out: {str(file)!r} does not describe a set: choose another folder, or remove this folder"
-        ) from None
-    if differing:
-        changes = ", ".join(f"{name} was {found[name]!r} and is {description[name]!r}" for name in differing)
-        raise ValueError(f"out: {str(out)!r} holds another set: {changes}; choose another folder")
-
-
-def _put_first(partial: Path, file: Path) -> None:
-    """Give a file its name unless another process was first, of this set or of another."""
-    try:
-        os.link(partial, file)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        os.replace(partial, file)
 
 
 def _digest_of_model(generator: IterativeGenerator) -> str:

@@ -35,7 +35,7 @@ from condgan.models import DiffDiscriminator, IterativeGenerator, NoiseEncoder
 from condgan.presets import PRESETS, TrainConfig
 from condgan.training import TrainingDiverged
 
-COMMANDS = ("generate", "add", "info", "list", "prepare", "train", "evaluate", "export")
+COMMANDS = ("generate", "add", "info", "list", "render", "prepare", "train", "evaluate", "export")
 SCENE = ["red cube", "blue sphere"]
 
 
@@ -195,6 +195,8 @@ def test_version(run: Run) -> None:
         ("generate --from list.jsonl", "--from: needs --out, the folder of the set"),
         ("generate 'red cube' --see 7", "unrecognized arguments: --see 7"),  # no abbreviations: they break scripts
         ("add photo.png", "required: OBJECT"),
+        ("render", "required: OUT_DIR"),
+        ("render scenes --scenes 0", "--scenes: '0' is not a whole number of at least 1"),
         ("prepare", "required: DATA_DIR"),
         ("prepare data --image-size 0", "--image-size: '0' is not"),
         ("train --out run", "required: --data"),
@@ -260,6 +262,8 @@ def test_wrong_usage(line: str, message: str, run: Run, tmp_path: Path) -> None:
         ("info ''", "''"),
         ("info {models}/corrupt", "is cut short or damaged"),
         ("info {data}", "has no config.json"),
+        ("render {data}", "holds train.json, but no render.json that says what it is: choose another folder"),
+        ("render scenes --height 7", "height must be between 8 and"),
         ("prepare missing", "there is no folder missing"),
         ("prepare {models}", "there is no"),
         ("prepare {data} --out {data}/train.json/packed.npy", "cannot write"),
@@ -757,6 +761,17 @@ def test_list_all(run: Run) -> None:
 
 
 # --- prepare, train, evaluate -------------------------------------------------------------------------------------
+
+
+def test_render(run: Run) -> None:
+    outcome = run("render", "scenes", "--scenes", 2, "--seed", 5, "--height", 24, "--json")
+    report = outcome.json
+    assert outcome.err == "", "no progress bar where nobody sees it"
+    assert (report["out"], report["scenes"], report["pictures"], report["rendered"]) == ("scenes", 2, 6, 2)
+    again = run("render", "scenes", "--scenes", 2, "--seed", 5, "--height", 24)
+    assert "scenes: 2 scenes, 2 of them from before, 6 pictures; took" in again.out
+    assert "condgan prepare scenes" in again.out
+    assert run("prepare", "scenes", "--json").json["scenes"] == 2
 
 
 def test_prepare(run: Run, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from condgan.files import check_utf8, locked, replacing
+from condgan import files
+from condgan.files import check_utf8, claim, locked, replacing
 
 
 def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
@@ -145,3 +146,27 @@ def test_a_name_that_is_not_utf8_is_told_from_damage(tmp_path: Path) -> None:
     check_utf8(tmp_path / "schön")
     with pytest.raises(OSError, match=r"r\\udcffn' has a name that is not UTF-8, .* the file may be whole"):
         check_utf8(Path(os.fsdecode(b"r\xffn")))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_sets_that_begin_at_once_in_a_folder_one_is_refused(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one gets there after this one has looked whether the folder is empty."""
+    put = files._put_first
+
+    def late(partial: Path, file: Path) -> None:
+        if links:
+            file.write_text('{"seed": 1}')
+            put(partial, file)
+        else:
+            monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+            put(partial, file)
+
+    monkeypatch.setattr(files, "_put_first", late)
+    if links:
+        with pytest.raises(ValueError, match="holds another set: seed was 1 and is 2"):
+            claim(tmp_path, "set.json", {"seed": 2}, strangers="*.tar")
+    else:
+        claim(tmp_path, "set.json", {"seed": 2}, strangers="*.tar")
+    assert [path.name for path in tmp_path.iterdir()] == ["set.json"]

@@ -39,7 +39,7 @@ GROUPS = (
     ("datasets", "metrics", "layout", "shards", "calibration", "export"),
     ("scenes", "report", "features", "batches"),
     ("measures", "realism"),
-    ("prepare", "training", "evaluation"),
+    ("prepare", "render", "training", "evaluation"),
     ("checkpoints", "runlog"),
     ("runs", "arguments"),
     ("cli",),

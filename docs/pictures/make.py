@@ -1,10 +1,12 @@
-"""Make the pictures of README.md and docs/results.md again: python docs/pictures/make.py."""
+"""Make the pictures of README.md, docs/results.md and docs/quickstart.md again: python docs/pictures/make.py."""
 
 from pathlib import Path
 
 from PIL import Image
 
 from condgan import IterativeGenerator
+from condgan.images import grid
+from condgan.render import render_scene
 from condgan.vocab import ICLEVR_OBJECTS
 
 HERE = Path(__file__).parent
@@ -26,3 +28,7 @@ save(generator.generate(scenes, seed=0).grid(columns=16), "contact-sheet.png", 2
 # Every class alone, in four draws.
 singles = [[name] for name in ICLEVR_OBJECTS for _ in range(4)]
 save(generator.generate(singles, seed=0).grid(columns=16), "classes.png", 2)
+
+# The turns of three rendered scenes.
+rendered = [render_scene(scenes[i], seed=i).turns for i in range(3)]
+grid([picture for turns in rendered for picture in turns], columns=3).save(HERE / "rendered.png", optimize=True)
