@@ -61,6 +61,8 @@ REACH = 3.0
 """How far from the middle of the floor, along either axis, objects may stand."""
 MIN_DISTANCE = 2.4
 """Between the centres of any two objects that are placed by lot."""
+TRIES = 100
+"""To place an object, and to place all of a scene, before we give up."""
 SAMPLES = 2
 """Ways of light that are followed for each pixel and lamp. With few, pictures have a grain, as i-CLEVR's have."""
 NUM_TURNS = 3
@@ -134,7 +136,8 @@ def render_scene(objects: Sequence[str | PlacedObject], seed: int, *, height: in
 
     Raises:
         ModuleNotFoundError: Mitsuba is not installed.
-        ValueError: a name is not known, there is no object, or no place left for one; ``seed`` or ``height`` is wrong.
+        TypeError: ``objects`` holds something else, or ``seed`` or ``height`` is no whole number.
+        ValueError: a name is not known, there is no object, or no place left for one, or a number is out of range.
     """
     seed, height = parse_whole("seed", seed, 0), parse_whole("height", height, 8)
     if isinstance(objects, (str, PlacedObject)) or not objects:
@@ -220,35 +223,39 @@ def _png(picture: Image.Image) -> bytes:
 
 
 def _place(objects: Sequence[str | PlacedObject], rng: np.random.Generator) -> list[PlacedObject]:
-    """Give names a place by lot and a rotation."""
+    """Check what is to be rendered, and give names a place by lot and a rotation."""
     vocabulary = Vocabulary()
-    named = [
-        item._replace(name=vocabulary.names[vocabulary.parse(item.name)])
-        if isinstance(item, PlacedObject)
-        else vocabulary.names[vocabulary.parse(item)]
-        for item in objects
-    ]
-    for _ in range(100):  # what was placed first may leave no place to the rest
-        free = [item for item in named if isinstance(item, PlacedObject)]
-        placed: list[PlacedObject] = []
-        for turn, item in enumerate(named):
-            if isinstance(item, PlacedObject):
-                placed.append(item)
-                continue
-            for _ in range(100):
-                x, y = rng.uniform(-REACH, REACH, 2) if turn else (0.0, 0.0)
-                if all(math.dist((x, y), other[1:3]) >= MIN_DISTANCE for other in free):
-                    placed.append(PlacedObject(item, float(x), float(y), float(rng.uniform(0, 360))))
-                    free.append(placed[-1])
-                    break
-            else:
-                break
+    named: list[str | PlacedObject] = []
+    for item in objects:
+        if not isinstance(item, PlacedObject):
+            named.append(vocabulary.names[vocabulary.parse(item)])
+        elif all(map(math.isfinite, item[1:])):
+            named.append(item._replace(name=vocabulary.names[vocabulary.parse(item.name)]))
         else:
+            raise ValueError(f"objects: x, y and rotation must be finite numbers, got {item}")
+    for _ in range(TRIES):  # what was placed first may leave no place to the rest
+        placed = _place_once(named, rng)
+        if placed is not None:
             return placed
     raise ValueError(
         f"objects: no place is left for one of {len(objects)}, {MIN_DISTANCE} units from all others: ask for fewer, or "
         "give each a place with PlacedObject"
     )
+
+
+def _place_once(objects: Sequence[str | PlacedObject], rng: np.random.Generator) -> list[PlacedObject] | None:
+    placed = {turn: item for turn, item in enumerate(objects) if isinstance(item, PlacedObject)}
+    for turn, item in enumerate(objects):
+        if isinstance(item, PlacedObject):
+            continue
+        for _ in range(TRIES):
+            x, y = rng.uniform(-REACH, REACH, 2).tolist() if turn else (0.0, 0.0)
+            if all(math.dist((x, y), (other.x, other.y)) >= MIN_DISTANCE for other in placed.values()):
+                placed[turn] = PlacedObject(item, x, y, rng.uniform(0, 360))
+                break
+        else:
+            return None
+    return [placed[turn] for turn in range(len(objects))]
 
 
 def _pixel(item: PlacedObject, height: int) -> tuple[float, float]:

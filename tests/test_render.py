@@ -114,6 +114,8 @@ def test_mitsubas_variant_is_left_as_it_was() -> None:
     [
         (["red cub"], {}, ValueError, "unknown object 'red cub': did you mean 'red cube'"),
         ([], {}, ValueError, "objects must be a list such as .* got \\[\\]"),
+        ([("red cube", 0, 0, 0)], {}, TypeError, "red cube"),
+        ([PlacedObject("red cube", float("nan"), 0, 0)], {}, ValueError, "x, y and rotation must be finite numbers"),
         ("red cube", {}, ValueError, "objects must be a list such as .* got 'red cube'"),
         (["red cube"], {"seed": -1}, ValueError, "seed must be between 0"),
         (["red cube"], {"seed": None}, TypeError, "seed must be a whole number, got None"),
