@@ -34,6 +34,11 @@ class Building(TorchDispatchMode):
         self._left = math.inf if stored is None else SPARE * stored
         self._rng = torch.Generator().manual_seed(0)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else PyTorch would import all of its compiler at first use, seconds, to keep it from compiling this."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

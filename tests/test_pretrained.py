@@ -117,6 +117,15 @@ def test_the_same_picture_alone_in_a_batch_and_in_reversed_order(generator: Iter
         assert torch.equal(generator.generate(scene, seed=40 + i).tensor[0], batch.tensor[i])
 
 
+def test_drawing_imports_no_compiler() -> None:
+    """It takes longer than all else that a short program does."""
+    probe = (
+        "import sys, condgan; condgan.IterativeGenerator.from_pretrained().generate(['red cube'], seed=0)\n"
+        "print([name for name in sys.modules if name.startswith(('torch._dynamo', 'torch._inductor'))])"
+    )
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_an_object_comes_where_it_is_asked_and_the_rest_stays(generator: IterativeGenerator) -> None:
     places = [(16.0, 20.0), (45.0, 30.0), (30.0, 45.0), (50.0, 40.0)]
     result = generator.generate([["red cube", "blue sphere"]] * 4, at=[[None, place] for place in places], seed=0)
