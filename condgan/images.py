@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -123,6 +124,13 @@ def round_turn(before: Tensor, after: Tensor, rest: Tensor) -> tuple[Tensor, Ten
 def to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) float in [-1, 1] to an RGB picture."""
     return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def to_png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
 
 
 def to_tensor(image: Image.Image) -> Tensor:

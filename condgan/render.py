@@ -6,7 +6,6 @@ arXiv:1612.06890) with i-CLEVR's objects and places; light is followed by Mitsub
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shlex
@@ -22,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from condgan.files import claim, replace_files
+from condgan.images import to_png
 from condgan.layout import ASPECT, FOCAL_LENGTH
 from condgan.requests import parse_whole
 from condgan.vocab import ICLEVR_OBJECTS, Vocabulary
@@ -192,7 +192,7 @@ def render_dataset(
             labels |= {file: names[: turn + 1] for turn, file in enumerate(files)}
             if not there.issuperset(files):
                 pictures = _pictures(_place(names, rng), rng, height, empty=False)
-                replace_files(images, {file: _png(picture) for file, picture in zip(files, pictures, strict=True)})
+                replace_files(images, {file: to_png(picture) for file, picture in zip(files, pictures, strict=True)})
                 rendered += 1
         rng = np.random.default_rng(seed)
         lists = {
@@ -211,12 +211,6 @@ def _file_name(scene: int, turn: int) -> str:
 
 def _random_list(rng: np.random.Generator, length: int) -> list[str]:
     return [ICLEVR_OBJECTS[i] for i in rng.permutation(len(ICLEVR_OBJECTS))[:length]]
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 # --- what is where ------------------------------------------------------------------------------------------------

@@ -161,9 +161,7 @@ class Drawing:
         ]
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.grid().save(buffer, "PNG")
-        return buffer.getvalue()
+        return pictures.to_png(self.grid())
 
     def __repr__(self) -> str:
         n, _, _, height, width = self.trajectory.shape

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from condgan.drawing import Redraw, parse_batch_size, parse_best_of, pictures_at_once
 from condgan.files import claim, file_sha256, replacing
+from condgan.images import to_png
 from condgan.models import IterativeGenerator
 from condgan.requests import MAX_SEED, Place, TooManyObjectsWarning, parse_request, parse_whole
 from condgan.results import Drawing
@@ -250,9 +251,7 @@ def _write(tar: tarfile.TarFile, drawing: Drawing, asked: list[Asked]) -> None:
         known = {**drawing.metadata(i), "line": picture.line}
         if drawing.scores is not None:
             known["score"] = drawing.scores[i]
-        png = io.BytesIO()
-        image.save(png, "PNG")
-        for ending, content in (("png", png.getvalue()), ("json", json.dumps(known).encode())):
+        for ending, content in (("png", to_png(image)), ("json", json.dumps(known).encode())):
             entry = tarfile.TarInfo(f"{picture.number:09d}.{ending}")  # of the year 1970: equal sets are equal files
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))

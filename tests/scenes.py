@@ -9,18 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from condgan.render import COLOURS
 from condgan.vocab import ICLEVR_OBJECTS
-
-RGB = {
-    "gray": (87, 87, 87),
-    "red": (173, 35, 35),
-    "blue": (42, 75, 215),
-    "green": (29, 105, 20),
-    "brown": (129, 74, 25),
-    "purple": (129, 38, 192),
-    "cyan": (41, 208, 208),
-    "yellow": (255, 238, 51),
-}
 
 
 class DrawnScene(NamedTuple):
@@ -60,11 +50,11 @@ def draw_scene(rng: np.random.Generator, image_size: tuple[int, int] = (96, 72),
         picture = picture.copy()
         draw = ImageDraw.Draw(picture)
         if shape == "cube":
-            draw.rectangle(box, fill=RGB[colour])
+            draw.rectangle(box, fill=COLOURS[colour])
         elif shape == "sphere":
-            draw.ellipse(box, fill=RGB[colour])
+            draw.ellipse(box, fill=COLOURS[colour])
         else:
-            draw.rounded_rectangle(box, radius=half_width / 3, fill=RGB[colour])
+            draw.rounded_rectangle(box, radius=half_width / 3, fill=COLOURS[colour])
         scene.pictures.append(picture)
         scene.places.append((x, y))
     return scene

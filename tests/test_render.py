@@ -66,7 +66,7 @@ def test_the_seed_decides_all_and_pictures_do_not_depend_on_later_turns(scene: R
     assert (stacked(other)[0] - stacked(scene)[0]).abs().mean() > 0.01, "another light"
 
 
-def test_names_are_placed_as_in_iclevr(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_placed_as_in_iclevr() -> None:
     scenes = [render_scene(["red cube"] * 4, seed, height=8) for seed in range(10)]
     for scene in scenes:
         points = torch.tensor([(item.x, item.y) for item in scene.objects], dtype=torch.float64)
